@@ -1,0 +1,177 @@
+"""Dense definitions of every operator in plain `jax.numpy`: what the kernels must equal.
+
+Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`.
+They can be differentiated in both modes and any number of times, so this is also where to go for forward mode
+or second derivatives.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Dense attention over the pairs that `mask` allows.
+
+    Rows that take no part (a query without keys, a key or value that no query attends to) are replaced by zeros
+    first, so that NaN or inf in them reaches neither results nor gradients.
+
+    Args:
+        query: float `[B, T, N, H]`.
+        key: float `[B, S, K, H]`, `K` divides `N`.
+        value: float `[B, S, K, H]`.
+        mask: bool `[B or 1, N or 1, T, S]`, True where the query may attend to the key.
+        scale: Factor of the scores; `H ** -0.5` if None.
+
+    Returns:
+        The output `[B, T, N, H]` in the dtype of `query`, and the log-sum-exp of the scores, at least float32,
+        `[B, T, N]`. A query without keys has output 0 and log-sum-exp `-inf`.
+    """
+    batch, query_length, num_heads, head_dim = query.shape
+    key_length, num_key_heads = key.shape[1:3]
+    group = num_heads // num_key_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    if 1 < mask.shape[1] < num_heads:
+        mask = jnp.repeat(mask, num_heads // mask.shape[1], axis=1)
+    mask = jnp.broadcast_to(mask, (batch, num_heads, query_length, key_length))
+
+    has_key = mask.any(axis=3)  # [B, N, T]
+    has_query = mask.any(axis=2).reshape(batch, num_key_heads, group, key_length).any(axis=2)  # [B, K, S]
+    q = jnp.where(has_key.swapaxes(1, 2)[..., None], query.astype(dtype), 0)
+    k = jnp.where(has_query.swapaxes(1, 2)[..., None], key.astype(dtype), 0)
+    v = jnp.where(has_query.swapaxes(1, 2)[..., None], value.astype(dtype), 0)
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+
+    highest = jax.lax.Precision.HIGHEST
+    scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=highest)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    # Empty rows get one finite score here and are overwritten below: no NaN arises on either side of a `where`.
+    safe = jnp.where(has_key[..., None], scores, 0)
+    logsumexp = jax.nn.logsumexp(safe, axis=3) if key_length else jnp.zeros(has_key.shape, dtype)
+    weights = jnp.where(mask, jnp.exp(safe - logsumexp[..., None]), 0)
+    output = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=highest)
+    output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(query.dtype)
+    return output, jnp.where(has_key, logsumexp, -jnp.inf).swapaxes(1, 2)
+
+
+def causal_mask(query_length: int, key_length: int, query_offset: jax.Array | int = 0) -> jax.Array:
+    """True where a key stands at or before the query: bool `[B or 1, 1, T, S]`."""
+    position = _positions(query_length, query_offset)
+    return position[:, None, :, None] >= jnp.arange(key_length, dtype=jnp.int32)
+
+
+def hash_mask(
+    query_hash: jax.Array,
+    key_hash: jax.Array,
+    *,
+    exclude_self: bool = False,
+    query_offset: jax.Array | int = 0,
+) -> jax.Array:
+    """True where an earlier key (or the same token, unless `exclude_self`) shares the query's bucket.
+
+    Args:
+        query_hash: int `[B or 1, T, N or 1]`.
+        key_hash: int `[B or 1, S, K or 1]`.
+        exclude_self: Whether a query may not attend to the key at its own position.
+        query_offset: Position of the first query, int or int32 `[]` or `[B]`.
+
+    Returns:
+        bool `[B or 1, N or 1, T, S]`.
+    """
+    query_hash, key_hash = _match_heads(query_hash, key_hash)
+    same = query_hash.swapaxes(1, 2)[..., :, None] == key_hash.swapaxes(1, 2)[..., None, :]
+    causal = causal_mask(query_hash.shape[1], key_hash.shape[1], query_offset - int(exclude_self))
+    return same & causal
+
+
+def keep_mask(
+    query_keep: jax.Array, key_keep: jax.Array, *, query_offset: jax.Array | int = 0
+) -> jax.Array:
+    """True where query and key are both kept and the key is not later: bool `[B or 1, N or 1, T, S]`."""
+    query_keep, key_keep = _match_heads(query_keep, key_keep)
+    both = query_keep.swapaxes(1, 2)[..., :, None] & key_keep.swapaxes(1, 2)[..., None, :]
+    return both & causal_mask(query_keep.shape[1], key_keep.shape[1], query_offset)
+
+
+def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> jax.Array:
+    """True where `key_start <= key index < key_stop`: bool `[B or 1, N or 1, T, S]`."""
+    index = jnp.arange(key_length, dtype=jnp.int32)
+    start, stop = (x.swapaxes(1, 2)[..., None] for x in (key_start, key_stop))
+    return (start <= index) & (index < stop)
+
+
+def causal_attention(query, key, value, *, query_offset=0, scale=None, return_residual=False):
+    """Dense `scfa_jax.causal_attention`."""
+    mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
+    return _finish(query, key, value, mask, scale, return_residual)
+
+
+def hash_sparse_attention(
+    query,
+    key,
+    value,
+    query_hash,
+    key_hash=None,
+    *,
+    exclude_self=False,
+    num_buckets=None,
+    query_offset=0,
+    scale=None,
+    return_residual=False,
+):
+    """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
+    del num_buckets
+    query_hash, key_hash = (
+        _as_long_as(x, y) for x, y in ((query_hash, query), (query_hash if key_hash is None else key_hash, key))
+    )
+    mask = hash_mask(query_hash, key_hash, exclude_self=exclude_self, query_offset=query_offset)
+    return _finish(query, key, value, mask, scale, return_residual)
+
+
+def qk_sparse_attention(
+    query, key, value, query_keep, key_keep, *, query_offset=0, scale=None, return_residual=False
+):
+    """Dense `scfa_jax.qk_sparse_attention`."""
+    query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
+    mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
+    return _finish(query, key, value, mask, scale, return_residual)
+
+
+def range_attention(query, key, value, key_start, key_stop, *, scale=None, return_residual=False):
+    """Dense `scfa_jax.range_attention`."""
+    key_start, key_stop = _as_long_as(key_start, query), _as_long_as(key_stop, query)
+    mask = range_mask(key_start, key_stop, key.shape[-3])
+    return _finish(query, key, value, mask, scale, return_residual)
+
+
+def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
+    """Positions of the queries: int32 `[B or 1, T]`."""
+    offset = jnp.asarray(query_offset, jnp.int32).reshape(-1, 1)
+    return offset + jnp.arange(query_length, dtype=jnp.int32)
+
+
+def _match_heads(on_query: jax.Array, on_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Repeats the key side's heads so that each query head finds its own."""
+    heads, key_heads = on_query.shape[2], on_key.shape[2]
+    if 1 < key_heads < heads:
+        on_key = jnp.repeat(on_key, heads // key_heads, axis=2)
+    return on_query, on_key
+
+
+def _as_long_as(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Gives `[T or 1, N]` or `[B, T or 1, N]` its batch axis and the length of `rows`."""
+    x = x[None] if x.ndim == 2 else x
+    return jnp.broadcast_to(x, (x.shape[0], rows.shape[-3], x.shape[2]))
+
+
+def _finish(query, key, value, mask, scale, return_residual):
+    if query.ndim == 3:
+        output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale)
+        output, logsumexp = output[0], logsumexp[0]
+    else:
+        output, logsumexp = attention(query, key, value, mask, scale=scale)
+    return (output, logsumexp) if return_residual else output

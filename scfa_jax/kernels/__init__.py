@@ -1,0 +1,1 @@
+"""Implementations of attention over key ranges: they know tiles and codes, not patterns."""

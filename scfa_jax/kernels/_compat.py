@@ -1,0 +1,52 @@
+"""What differs between JAX releases and platforms, for the Triton backend of Pallas. Imported lazily."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import jax
+
+
+def has_triton() -> bool:
+    """Whether this JAX still has Pallas's Triton backend."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU here, or an abstract one in context to lower for."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.platform in ("gpu", "cuda")
+    try:
+        return jax.devices("gpu")[0].platform in ("gpu", "cuda")
+    except RuntimeError:
+        return False
+
+
+def triton_call(kernel, *, tile, interpret: bool, **options):
+    """`pallas_call` on the Triton backend, or in the interpreter.
+
+    Args:
+        kernel: The kernel body.
+        tile: A `tiling.Tile`, for its warps and stages.
+        interpret: Whether to run the kernel as plain JAX.
+        **options: As `pallas_call` takes them.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    params = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, **options)
+
+
+def dot_for(dtype, *, interpret: bool):
+    """Matrix product with a float32 result, as exact as float32 for float32 operands.
+
+    On the GPU float32 is taken apart into three TF32 products; the interpreter takes the platform's own float32.
+    """
+    precision: jax.lax.PrecisionLike = None
+    if jax.numpy.dtype(dtype) == jax.numpy.float32:
+        exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = jax.lax.Precision.HIGHEST if interpret else exact
+    return functools.partial(jax.lax.dot, precision=precision, preferred_element_type=jax.numpy.float32)

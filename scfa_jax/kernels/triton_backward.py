@@ -1,0 +1,225 @@
+"""The backward pass as two Pallas kernels for Triton: dq by tile of queries, dk and dv by tile of keys.
+
+Each recomputes the weights of the tiles that it visits from the log-sum-exp. Nothing is accumulated across
+programs, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from scfa_jax import tiling
+from scfa_jax.index import NEVER, SparseIndex
+from scfa_jax.kernels import _compat, tile
+from scfa_jax.kernels.triton_common import Rows, batch_spec, padded_head_spec, shared_entry
+from scfa_jax.tiling import BlockSizes, Tile
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: SparseIndex,
+    logsumexp: jax.Array,
+    output_gradient: jax.Array,
+    delta: jax.Array,
+    *,
+    scale: float,
+    blocks: BlockSizes,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the forward pass.
+
+    Args:
+        query: `[B, T, N, H]`, no axis empty.
+        key: `[B, S, K, H]`, no axis empty.
+        value: `[B, S, K, H]`.
+        index: The pattern.
+        logsumexp: float32 `[B, N, T]`, of the forward pass.
+        output_gradient: `[B, T, N, H]`, the cotangent of the output, in its dtype.
+        delta: float32 `[B, N, T]`: the dot of output and its cotangent, less the cotangent of the log-sum-exp.
+        scale: Factor of the scores.
+        blocks: Tile sizes.
+        interpret: Whether to run in Pallas's interpreter.
+
+    Returns:
+        The gradients of query, key and value.
+    """
+    batch, num_heads, key_heads = query.shape[0], query.shape[2], key.shape[2]
+    ranges = (index.low, index.high, index.key_code, index.query_order, index.key_order)
+    arrays = (query, key, value, output_gradient)
+    options = {"scale": scale, "head_dim": query.shape[3], "interpret": interpret}
+
+    def call(kernel, block, programs, heads, bounds, out, name):
+        vectors = (*bounds, *ranges, logsumexp, delta)
+        return _compat.triton_call(
+            functools.partial(kernel, block=block, **options),
+            tile=block,
+            interpret=interpret,
+            grid=(programs, heads, batch),
+            in_specs=[
+                *(None if x is None else batch_spec(x.shape, batch, 2) for x in vectors),
+                *(padded_head_spec(x.shape, 2) for x in arrays),
+            ],
+            out_specs=[padded_head_spec(x.shape, 2) for x in out],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
+            name=name,
+        )(*vectors, *arrays)
+
+    block = blocks.dq
+    key_tiles = tiling.key_tile_bounds(index, block.block_q, block.block_k)
+    programs = tiling.num_tiles(query.shape[1], block.block_q)
+    (dq,) = call(_dq_kernel, block, programs, num_heads, (key_tiles,), (query,), "scfa_dq")
+
+    block = blocks.dkv
+    query_tiles = tiling.query_tile_bounds(index, block.block_q, block.block_k)
+    # Only where the ranges do not ascend may a walk over tiles of queries pass some that it does not meet.
+    met = None if index.ascending else tiling.key_tile_bounds(index, block.block_q, block.block_k)
+    programs = tiling.num_tiles(key.shape[1], block.block_k)
+    dk, dv = call(_dkv_kernel, block, programs, key_heads, (query_tiles, met), (key, value), "scfa_dkv")
+    return dq, dk, dv
+
+
+def _dq_kernel(
+    bounds_ref,
+    low_ref,
+    high_ref,
+    code_ref,
+    query_order_ref,
+    key_order_ref,
+    logsumexp_ref,
+    delta_ref,
+    query_ref,
+    key_ref,
+    value_ref,
+    output_gradient_ref,
+    dq_ref,
+    *,
+    scale: float,
+    block: Tile,
+    head_dim: int,
+    interpret: bool,
+):
+    query_tile = pl.num_programs(0) - 1 - pl.program_id(0)
+    head = pl.program_id(1)
+    (query_length, num_heads, width), key_length = query_ref.shape, key_ref.shape[0]
+    entry = functools.partial(shared_entry, head, num_heads)
+    key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
+    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
+
+    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
+    low = queries.load_vector(low_ref, on_query, other=NEVER)
+    high = queries.load_vector(high_ref, on_query, other=-1)
+    logsumexp = queries.load_original_vector(logsumexp_ref, head, other=jnp.inf)
+    delta = queries.load_original_vector(delta_ref, head, other=0.0)
+    query = queries.load(query_ref, head, head_dim)
+    output_gradient = queries.load(output_gradient_ref, head, head_dim)
+
+    def visit(key_tile, dq, masked):
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
+        mask = has_query = None
+        if masked:
+            code = keys.load_vector(code_ref, on_key, other=NEVER)
+            mask = tile.allowed(code[None, :], low[:, None], high[:, None])
+            has_query = jnp.max(mask.astype(jnp.int32), axis=0) > 0
+        key = keys.load(key_ref, key_head, head_dim, where=has_query)
+        value = keys.load(value_ref, key_head, head_dim)
+        _, score_gradient = tile.weights_and_score_gradient(
+            dot(query, key.T),
+            dot(output_gradient, value.T),
+            logsumexp[:, None],
+            delta[:, None],
+            mask,
+            scale * tile.LOG2_E,
+        )
+        return dq + dot(score_gradient.astype(key.dtype), key)
+
+    bounds_head = entry(bounds_ref.shape[0])
+    bounds = tuple(bounds_ref[bounds_head, query_tile, i] for i in range(4))
+    dq = tile.walk(bounds, visit, jnp.zeros((block.block_q, width), jnp.float32))
+    queries.store(dq_ref, head, head_dim, dq * scale)
+
+
+def _dkv_kernel(
+    bounds_ref,
+    met_ref,
+    low_ref,
+    high_ref,
+    code_ref,
+    query_order_ref,
+    key_order_ref,
+    logsumexp_ref,
+    delta_ref,
+    query_ref,
+    key_ref,
+    value_ref,
+    output_gradient_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    scale: float,
+    block: Tile,
+    head_dim: int,
+    interpret: bool,
+):
+    # The first tiles of keys are seen by the most queries where ranges are causal: they start first.
+    key_tile, key_head = pl.program_id(0), pl.program_id(1)
+    (query_length, num_heads, width), (key_length, key_heads, _) = query_ref.shape, key_ref.shape
+    group = num_heads // key_heads
+    on_key = shared_entry(key_head * group, num_heads, code_ref.shape[0])
+    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
+
+    keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
+    code = keys.load_vector(code_ref, on_key, other=NEVER)
+    key = keys.load(key_ref, key_head, head_dim)
+    value = keys.load(value_ref, key_head, head_dim)
+
+    def add_head(head, carry):
+        entry = functools.partial(shared_entry, head, num_heads)
+        on_query, bounds_head = entry(low_ref.shape[0]), entry(bounds_ref.shape[0])
+
+        def visit(query_tile, carry, masked):
+            dk, dv = carry
+            queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
+            logsumexp = queries.load_original_vector(logsumexp_ref, head, other=jnp.inf)
+            delta = queries.load_original_vector(delta_ref, head, other=0.0)
+            mask = has_key = None
+            if masked:
+                low = queries.load_vector(low_ref, on_query, other=NEVER)
+                high = queries.load_vector(high_ref, on_query, other=-1)
+                mask = tile.allowed(code[:, None], low[None, :], high[None, :])
+                has_key = logsumexp != -jnp.inf
+            query = queries.load(query_ref, head, head_dim, where=has_key)
+            output_gradient = queries.load(output_gradient_ref, head, head_dim, where=has_key)
+            weights, score_gradient = tile.weights_and_score_gradient(
+                dot(key, query.T),
+                dot(value, output_gradient.T),
+                logsumexp[None, :],
+                delta[None, :],
+                mask,
+                scale * tile.LOG2_E,
+            )
+            dv = dv + dot(weights.astype(output_gradient.dtype), output_gradient)
+            return dk + dot(score_gradient.astype(query.dtype), query), dv
+
+        def visit_if_met(query_tile, carry, masked):
+            start, stop = (met_ref[entry(met_ref.shape[0]), query_tile, i] for i in (0, 3))
+            meets = (start <= key_tile) & (key_tile < stop)
+            return jax.lax.cond(meets, lambda c: visit(query_tile, c, masked), lambda c: c, carry)
+
+        bounds = tuple(bounds_ref[bounds_head, key_tile, i] for i in range(4))
+        return tile.walk(bounds, visit if met_ref is None else visit_if_met, carry)
+
+    zeros = jnp.zeros((block.block_k, width), jnp.float32)
+    first = key_head * group
+    dk, dv = (
+        add_head(first, (zeros, zeros))
+        if group == 1
+        else jax.lax.fori_loop(first, first + group, add_head, (zeros, zeros))
+    )
+    keys.store(dk_ref, key_head, head_dim, dk * scale)
+    keys.store(dv_ref, key_head, head_dim, dv)

@@ -1,0 +1,85 @@
+"""What the three Triton kernels share: reading rows through an order, and finding an index entry."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+class Rows:
+    """One tile of rows of a sequence, which may be cut short by the sequence's end or read through an order.
+
+    Attributes:
+        sorted: Index of the rows in sorted order, for codes, ranges and the like: a slice, or int32 `[block]`.
+        original: Index of the rows in the original arrays.
+        valid: bool `[block]`, False past the end, or None where the tile is whole.
+    """
+
+    def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array):
+        if length % block == 0:
+            self.sorted, self.valid = pl.ds(tile * block, block), None
+        else:
+            rows = tile * block + jnp.arange(block, dtype=jnp.int32)
+            self.sorted, self.valid = rows, rows < length
+        # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
+        self.original = self.sorted
+        if order_ref is not None:
+            self.original = self.load_vector(order_ref, head, other=length)
+
+    def load_vector(self, ref, head: jax.Array, other) -> jax.Array:
+        """Loads `[block]` of `ref[head]`, which is in sorted order, with `other` past the end."""
+        return self._load_vector(ref.at[head, self.sorted], other)
+
+    def load_original_vector(self, ref, head: jax.Array, other) -> jax.Array:
+        """Loads `[block]` of `ref[head]`, which is in original order, with `other` past the end."""
+        return self._load_vector(ref.at[head, self.original], other)
+
+    def load(self, ref, head: jax.Array, head_dim: int, where: jax.Array | None = None) -> jax.Array:
+        """Loads `[block, padded H]` of `ref[:, head]`, with 0 past the ends and in rows where `where` is False."""
+        keep = self.valid if where is None else where if self.valid is None else where & self.valid
+        mask = self._mask(ref, head_dim, keep)
+        at = ref.at[self.original, head, :]
+        return plgpu.load(at) if mask is None else plgpu.load(at, mask=mask, other=0.0)
+
+    def store(self, ref, head: jax.Array, head_dim: int, x: jax.Array) -> None:
+        """Stores `[block, padded H]` to `ref[:, head]`."""
+        at = ref.at[self.original, head, :]
+        plgpu.store(at, x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
+
+    def store_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
+        """Stores `[block]` to `ref[head]`, through the order."""
+        plgpu.store(ref.at[head, self.original], x, mask=self.valid)
+
+    def _load_vector(self, at, other) -> jax.Array:
+        return plgpu.load(at) if self.valid is None else plgpu.load(at, mask=self.valid, other=other)
+
+    def _mask(self, ref, head_dim: int, keep: jax.Array | None) -> jax.Array | None:
+        width = ref.shape[-1]
+        columns = None if width == head_dim else (jnp.arange(width) < head_dim)[None, :]
+        if keep is None:
+            return columns
+        return keep[:, None] if columns is None else keep[:, None] & columns
+
+
+def shared_entry(head: jax.Array, num_heads: int, num_entries: int) -> jax.Array:
+    """The entry of an index that serves this head: consecutive heads share one."""
+    return jax.lax.div(head, jnp.int32(num_heads // num_entries))
+
+
+def batch_spec(shape: tuple[int, ...], batch: int, grid_axis: int) -> pl.BlockSpec:
+    """Gives a program the whole of its batch element; an axis of 1 is shared by all."""
+    rest = (0,) * (len(shape) - 1)
+
+    def index_map(*program):
+        return (program[grid_axis] if shape[0] == batch else 0, *rest)
+
+    return pl.BlockSpec((None, *shape[1:]), index_map)
+
+
+def padded_head_spec(shape: tuple[int, ...], grid_axis: int) -> pl.BlockSpec:
+    """Gives a program all rows and heads of its batch element, with columns up to a power of two."""
+    block = (None, *shape[1:-1], pl.next_power_of_2(shape[-1]))
+    return pl.BlockSpec(block, lambda *program: (program[grid_axis], 0, 0, 0))
+

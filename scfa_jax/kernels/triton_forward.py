@@ -1,0 +1,116 @@
+"""The forward pass as a Pallas kernel for Triton: one program computes one tile of queries of one head."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from scfa_jax import tiling
+from scfa_jax.index import NEVER, SparseIndex
+from scfa_jax.kernels import _compat, tile
+from scfa_jax.kernels.triton_common import Rows, batch_spec, padded_head_spec, shared_entry
+from scfa_jax.tiling import Tile
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: SparseIndex,
+    *,
+    scale: float,
+    block: Tile,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends to the keys of `index`.
+
+    Args:
+        query: `[B, T, N, H]`, no axis empty.
+        key: `[B, S, K, H]`, no axis empty.
+        value: `[B, S, K, H]`.
+        index: The pattern.
+        scale: Factor of the scores.
+        block: Tile sizes.
+        interpret: Whether to run in Pallas's interpreter.
+
+    Returns:
+        The output `[B, T, N, H]` and the natural log-sum-exp, float32 `[B, N, T]`.
+    """
+    batch, query_length, num_heads, head_dim = query.shape
+    bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
+    operands = (bounds, index.low, index.high, index.key_code, index.query_order, index.key_order)
+    kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)
+    rows = padded_head_spec(query.shape, 2)
+    logsumexp = jax.ShapeDtypeStruct((batch, num_heads, query_length), jnp.float32)
+    return _compat.triton_call(
+        kernel,
+        tile=block,
+        interpret=interpret,
+        # Neighbouring programs share a head, and so its keys in the L2 cache.
+        grid=(tiling.num_tiles(query_length, block.block_q), num_heads, batch),
+        in_specs=[
+            *(None if x is None else batch_spec(x.shape, batch, 2) for x in operands),
+            rows,
+            padded_head_spec(key.shape, 2),
+            padded_head_spec(value.shape, 2),
+        ],
+        out_specs=[rows, batch_spec(logsumexp.shape, batch, 2)],
+        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), logsumexp],
+        name="scfa_forward",
+    )(*operands, query, key, value)
+
+
+def _kernel(
+    bounds_ref,
+    low_ref,
+    high_ref,
+    code_ref,
+    query_order_ref,
+    key_order_ref,
+    query_ref,
+    key_ref,
+    value_ref,
+    output_ref,
+    logsumexp_ref,
+    *,
+    scale: float,
+    block: Tile,
+    head_dim: int,
+    interpret: bool,
+):
+    # The last tiles see the most keys where ranges are causal: start with them.
+    query_tile = pl.num_programs(0) - 1 - pl.program_id(0)
+    head = pl.program_id(1)
+    (query_length, num_heads, width), key_length = query_ref.shape, key_ref.shape[0]
+    entry = functools.partial(shared_entry, head, num_heads)
+    key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
+    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
+
+    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
+    low = queries.load_vector(low_ref, on_query, other=NEVER)
+    high = queries.load_vector(high_ref, on_query, other=-1)
+    sign, scale2 = tile.split_scale(scale)
+    query = queries.load(query_ref, head, head_dim)
+    query = query if sign == 1 else query * jnp.asarray(sign, query.dtype)
+
+    def visit(key_tile, softmax, masked):
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
+        mask = has_query = None
+        if masked:
+            code = keys.load_vector(code_ref, on_key, other=NEVER)
+            mask = tile.allowed(code[None, :], low[:, None], high[:, None])
+            has_query = jnp.max(mask.astype(jnp.int32), axis=0) > 0
+        key = keys.load(key_ref, key_head, head_dim)
+        # A weight of 0 does not silence a NaN: rows that nobody here attends to are not even loaded.
+        value = keys.load(value_ref, key_head, head_dim, where=has_query)
+        return tile.add_keys(softmax, query, key, value, mask, scale2, dot)
+
+    bounds_head = entry(bounds_ref.shape[0])
+    bounds = tuple(bounds_ref[bounds_head, query_tile, i] for i in range(4))
+    softmax = tile.walk(bounds, visit, tile.empty_softmax(block.block_q, width))
+    output, logsumexp = tile.finish(softmax, scale2)
+    queries.store(output_ref, head, head_dim, output)
+    queries.store_vector(logsumexp_ref, head, logsumexp)

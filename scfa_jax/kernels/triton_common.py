@@ -12,21 +12,18 @@ class Rows:
     """One tile of rows of a sequence, which may be cut short by the sequence's end or read through an order.
 
     Attributes:
-        sorted: Index of the rows in sorted order, for codes, ranges and the like: a slice, or int32 `[block]`.
-        original: Index of the rows in the original arrays.
-        valid: bool `[block]`, False past the end, or None where the tile is whole.
+        sorted: Slice of the rows in sorted order, for codes, ranges and the like.
+        original: Index of the rows in the original arrays: the same slice, or int32 `[block]`.
+        valid: bool `[block]`, False past the end, or None where every tile is whole.
     """
 
     def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array):
-        if length % block == 0:
-            self.sorted, self.valid = pl.ds(tile * block, block), None
-        else:
-            rows = tile * block + jnp.arange(block, dtype=jnp.int32)
-            self.sorted, self.valid = rows, rows < length
+        self.sorted = pl.ds(tile * block, block)
+        self.valid = None
+        if length % block:
+            self.valid = tile * block + jnp.arange(block, dtype=jnp.int32) < length
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
-        self.original = self.sorted
-        if order_ref is not None:
-            self.original = self.load_vector(order_ref, head, other=length)
+        self.original = self.sorted if order_ref is None else self.load_vector(order_ref, head, other=length)
 
     def load_vector(self, ref, head: jax.Array, other) -> jax.Array:
         """Loads `[block]` of `ref[head]`, which is in sorted order, with `other` past the end."""
@@ -40,13 +37,12 @@ class Rows:
         """Loads `[block, padded H]` of `ref[:, head]`, with 0 past the ends and in rows where `where` is False."""
         keep = self.valid if where is None else where if self.valid is None else where & self.valid
         mask = self._mask(ref, head_dim, keep)
-        at = ref.at[self.original, head, :]
+        at = self._at(ref, head)
         return plgpu.load(at) if mask is None else plgpu.load(at, mask=mask, other=0.0)
 
     def store(self, ref, head: jax.Array, head_dim: int, x: jax.Array) -> None:
         """Stores `[block, padded H]` to `ref[:, head]`."""
-        at = ref.at[self.original, head, :]
-        plgpu.store(at, x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
+        plgpu.store(self._at(ref, head), x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
 
     def store_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
         """Stores `[block]` to `ref[head]`, through the order."""
@@ -55,9 +51,14 @@ class Rows:
     def _load_vector(self, at, other) -> jax.Array:
         return plgpu.load(at) if self.valid is None else plgpu.load(at, mask=self.valid, other=other)
 
+    def _at(self, ref, head: jax.Array):
+        if isinstance(self.original, jax.Array):
+            return ref.at[self.original[:, None], head, jnp.arange(ref.shape[-1], dtype=jnp.int32)[None, :]]
+        return ref.at[self.original, head, :]
+
     def _mask(self, ref, head_dim: int, keep: jax.Array | None) -> jax.Array | None:
         width = ref.shape[-1]
-        columns = None if width == head_dim else (jnp.arange(width) < head_dim)[None, :]
+        columns = None if width == head_dim else (jnp.arange(width, dtype=jnp.int32) < head_dim)[None, :]
         if keep is None:
             return columns
         return keep[:, None] if columns is None else keep[:, None] & columns

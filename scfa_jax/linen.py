@@ -1,0 +1,195 @@
+"""Sparse causal self-attention for Flax Linen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.module import merge_param
+
+from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
+from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
+from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
+from scfa_jax.sparsity import Drop as Drop
+from scfa_jax.sparsity import Hash as Hash
+from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
+
+RNG_STREAM = "sparsity"
+COLLECTION = "sparsity"
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal self-attention: dense, inside hash buckets, or among random subsets.
+
+    Source: Pagliardini et al. 2023. In hash mode keys are the L2-normalised queries of their head, and a
+    token does not attend to itself. In training each call draws new rotations or keep masks from the rng
+    stream "sparsity", unless it is given those of `draw`. At evaluation hash mode uses the rotations kept in
+    the collection "sparsity" since `init`, and drop mode keeps everything.
+
+    With fewer key heads than query heads each key head serves a group of adjacent query heads, which hash
+    with its rotations; shared keys are then the mean query of the group.
+
+    Args:
+        in_features: Width `E` of the tokens.
+        num_heads: Number of query heads, `N`.
+        num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
+        head_dim: Width of a head, `H`; `in_features // num_heads` if None.
+        sparsity: None, `Hash(num_buckets)` or `Drop(rate)`.
+        share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
+            only in hash mode.
+        normalize_key: Whether keys are scaled to unit length; if None, only in hash mode.
+        rotary: Called as `rotary(x, positions)` with queries or keys `[B, T, heads, H]` and int32 positions
+            `[1 or B, T]` before anything else happens to them; returns the like of `x`.
+        use_bias: Whether the projections have biases.
+        dtype: Of the computation; inferred from inputs and parameters if None.
+        param_dtype: Of the parameters.
+        kernel_init: Of the kernels.
+        out_kernel_init: Of the output projection's kernel; `kernel_init` if None.
+        bias_init: Of the biases.
+        deterministic: Whether to evaluate rather than train; here or in the call, if there is a sparsity.
+        implementation: As in `scfa_jax.causal_attention`.
+
+    Raises:
+        ValueError: The heads do not divide what they must.
+        TypeError: `sparsity` is of another kind.
+    """
+
+    in_features: int
+    num_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sparsity: Sparsity = None
+    share_query_key: bool | None = None
+    normalize_key: bool | None = None
+    rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    use_bias: bool = True
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    out_kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    deterministic: bool | None = None
+    implementation: Implementation = None
+
+    def setup(self):
+        self.layout = Layout.of(
+            self.in_features,
+            self.num_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.sparsity,
+            self.share_query_key,
+            self.normalize_key,
+        )
+        project = functools.partial(
+            nn.DenseGeneral,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            bias_init=self.bias_init,
+        )
+        key_shape = (self.layout.num_key_value_heads, self.layout.head_dim)
+        self.query = project((self.layout.num_heads, self.layout.head_dim), kernel_init=self.kernel_init)
+        if not self.layout.share_query_key:
+            self.key = project(key_shape, kernel_init=self.kernel_init)
+        self.value = project(key_shape, kernel_init=self.kernel_init)
+        self.out = project(
+            self.in_features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init
+        )
+        # Training needs no stored rotations: `{"params": ...}` alone is enough there.
+        if isinstance(self.sparsity, Hash) and (
+            self.is_initializing() or self.has_variable(COLLECTION, "rotations")
+        ):
+            self.rotations = self.variable(COLLECTION, "rotations", lambda: self._new_draw(1, 1)["rotations"])
+
+    def draw(
+        self, batch_size: int, length: int, *, deterministic: bool | None = None
+    ) -> dict[str, jax.Array]:
+        """Draws what one call needs at random; pass it on as `module(x, **draw)`.
+
+        Made before rematerialisation (`nn.remat`, `jax.checkpoint`), a draw is an input of what is computed
+        twice, and not itself computed twice. From outside: `module.apply(variables, batch_size, length,
+        deterministic=False, rngs={"sparsity": key}, method="draw")`.
+
+        Args:
+            batch_size: `B` of the call.
+            length: `T` of the call.
+            deterministic: Whether to evaluate, unless the module says so.
+
+        Returns:
+            `{}`, `{"rotations": float32 [K, H, num_buckets // 2]}`, or
+            `{"query_keep": bool [B, T, N], "key_keep": bool [B, T, K]}`.
+
+        Raises:
+            ValueError: `deterministic` is given neither or both here and to the module, or the collection
+                "sparsity" is missing at evaluation in hash mode.
+            flax.errors.InvalidRngError: A new draw is needed and there is no stream "sparsity".
+        """
+        if self.sparsity is None:
+            return {}
+        deterministic = merge_param("deterministic", self.deterministic, deterministic)
+        if isinstance(self.sparsity, Hash) and deterministic:
+            if not self.has_variable(COLLECTION, "rotations"):
+                raise ValueError(
+                    f"variables must have the collection {COLLECTION!r} at evaluation, "
+                    f"where init put the rotations beside 'params'."
+                )
+            return {"rotations": self.rotations.value}
+        if isinstance(self.sparsity, Drop) and deterministic and not self.sparsity.drop_at_evaluation:
+            return {}
+        return self._new_draw(batch_size, length)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool | None = None,
+        positions: jax.Array | None = None,
+        rotations: jax.Array | None = None,
+        query_keep: jax.Array | None = None,
+        key_keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+            x: float `[B, T, E]`.
+            deterministic: Whether to evaluate, unless the module says so.
+            positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
+            rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
+            query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
+            key_keep: bool `[B, T, K]`, together with `query_keep`.
+
+        Returns:
+            `[B, T, E]`.
+
+        Raises:
+            ValueError: A shape does not fit, a draw does not go with the kind of sparsity, or as in `draw`.
+        """
+        self.layout.check_input(x)
+        given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
+        draw = {name: drawn for name, drawn in given.items() if drawn is not None}
+        draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)
+
+        query, value = self.query(x), self.value(x)
+        key = None if self.layout.share_query_key else self.key(x)
+        if self.rotary is not None:
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+            query = self.rotary(query, positions).astype(value.dtype)
+            key = None if key is None else self.rotary(key, positions).astype(value.dtype)
+        output = attend(
+            query,
+            key,
+            value,
+            self.sparsity,
+            normalize_key=self.layout.normalize_key,
+            implementation=self.implementation,
+            **draw,
+        )
+        return self.out(output)
+
+    def _new_draw(self, batch_size: int, length: int) -> dict[str, jax.Array]:
+        assert self.sparsity is not None
+        return self.sparsity.draw(self.make_rng(RNG_STREAM), batch_size, length, self.layout)

@@ -1,0 +1,218 @@
+"""Sparse causal self-attention for Flax NNX."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
+from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
+from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
+from scfa_jax.sparsity import Drop as Drop
+from scfa_jax.sparsity import Hash as Hash
+from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
+
+RNG_STREAM = "sparsity"
+
+
+class Rotations(nnx.Variable):
+    """The rotations of evaluation and decoding: saved with the model, but not trained like an `nnx.Param`."""
+
+
+class CausalSelfAttention(nnx.Module):
+    """Causal self-attention: dense, inside hash buckets, or among random subsets.
+
+    Source: Pagliardini et al. 2023. In hash mode keys are the L2-normalised queries of their head, and a
+    token does not attend to itself. In training each call draws new rotations or keep masks from the rng
+    stream "sparsity", unless it is given those of `draw`. At evaluation hash mode uses the rotations kept in
+    `self.rotations`, and drop mode keeps everything.
+
+    With fewer key heads than query heads each key head serves a group of adjacent query heads, which hash
+    with its rotations; shared keys are then the mean query of the group.
+
+    Args:
+        in_features: Width `E` of the tokens.
+        num_heads: Number of query heads, `N`.
+        num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
+        head_dim: Width of a head, `H`; `in_features // num_heads` if None.
+        sparsity: None, `Hash(num_buckets)` or `Drop(rate)`.
+        share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
+            only in hash mode.
+        normalize_key: Whether keys are scaled to unit length; if None, only in hash mode.
+        rotary: Called as `rotary(x, positions)` with queries or keys `[B, T, heads, H]` and int32 positions
+            `[1 or B, T]` before anything else happens to them; returns the like of `x`.
+        use_bias: Whether the projections have biases.
+        dtype: Of the computation; inferred from inputs and parameters if None.
+        param_dtype: Of the parameters.
+        kernel_init: Of the kernels.
+        out_kernel_init: Of the output projection's kernel; `kernel_init` if None.
+        bias_init: Of the biases.
+        deterministic: Whether to evaluate rather than train; set by `train()` and `eval()` too.
+        implementation: As in `scfa_jax.causal_attention`.
+        rngs: Streams "params" and, in hash mode, "sparsity" for the rotations of evaluation.
+
+    Raises:
+        ValueError: The heads do not divide what they must, or `rngs` lacks a stream.
+        TypeError: `sparsity` is of another kind.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        sparsity: Sparsity = None,
+        share_query_key: bool | None = None,
+        normalize_key: bool | None = None,
+        rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        use_bias: bool = True,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
+        out_kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        deterministic: bool = False,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        self.layout = Layout.of(
+            in_features, num_heads, num_key_value_heads, head_dim, sparsity, share_query_key, normalize_key
+        )
+        self.sparsity = sparsity
+        self.rotary = rotary
+        self.deterministic = deterministic
+        self.implementation = tuple(implementation) if isinstance(implementation, list) else implementation
+
+        project = functools.partial(
+            nnx.LinearGeneral,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        query_shape = (self.layout.num_heads, self.layout.head_dim)
+        key_shape = (self.layout.num_key_value_heads, self.layout.head_dim)
+        self.query = project(in_features, query_shape, kernel_init=kernel_init)
+        if not self.layout.share_query_key:
+            self.key = project(in_features, key_shape, kernel_init=kernel_init)
+        self.value = project(in_features, key_shape, kernel_init=kernel_init)
+        self.out = project(
+            query_shape, in_features, axis=(-2, -1), kernel_init=out_kernel_init or kernel_init
+        )
+        if isinstance(sparsity, Hash):
+            self.rotations = Rotations(self._new_draw(1, 1, rngs)["rotations"])
+
+    def draw(
+        self,
+        batch_size: int,
+        length: int,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Draws what one call needs at random; pass it on as `module(x, **draw)`.
+
+        Made before rematerialisation (`nnx.remat`, `jax.checkpoint`), a draw is an input of what is computed
+        twice, and not itself computed twice.
+
+        Args:
+            batch_size: `B` of the call.
+            length: `T` of the call.
+            deterministic: Whether to evaluate; `self.deterministic` if None.
+            rngs: Streams with "sparsity", one stream, or a key. Needed for a new draw.
+
+        Returns:
+            `{}`, `{"rotations": float32 [K, H, num_buckets // 2]}`, or
+            `{"query_keep": bool [B, T, N], "key_keep": bool [B, T, K]}`.
+
+        Raises:
+            ValueError: A new draw is needed and `rngs` lacks the stream.
+        """
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if self.sparsity is None:
+            return {}
+        if isinstance(self.sparsity, Hash) and deterministic:
+            return {"rotations": self.rotations[...]}
+        if isinstance(self.sparsity, Drop) and deterministic and not self.sparsity.drop_at_evaluation:
+            return {}
+        return self._new_draw(batch_size, length, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rotations: jax.Array | None = None,
+        query_keep: jax.Array | None = None,
+        key_keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends.
+
+        Args:
+            x: float `[B, T, E]`.
+            deterministic: Whether to evaluate; `self.deterministic` if None.
+            rngs: As in `draw`, which is called if none of the next three is given.
+            positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
+            rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
+            query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
+            key_keep: bool `[B, T, K]`, together with `query_keep`.
+
+        Returns:
+            `[B, T, E]`.
+
+        Raises:
+            ValueError: A shape does not fit, a draw does not go with the sparsity, or `rngs` lacks a stream.
+        """
+        self.layout.check_input(x)
+        given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
+        draw = {name: drawn for name, drawn in given.items() if drawn is not None}
+        draw = draw or self.draw(*x.shape[:2], deterministic=deterministic, rngs=rngs)
+
+        query, value = self.query(x), self.value(x)
+        key = None if self.layout.share_query_key else self.key(x)
+        if self.rotary is not None:
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+            query = self.rotary(query, positions).astype(value.dtype)
+            key = None if key is None else self.rotary(key, positions).astype(value.dtype)
+        output = attend(
+            query,
+            key,
+            value,
+            self.sparsity,
+            normalize_key=self.layout.normalize_key,
+            implementation=self.implementation,
+            **draw,
+        )
+        return self.out(output)
+
+    def set_view(self, deterministic: bool | None = None):
+        """Class method used by `nnx.view`.
+
+        Args:
+            deterministic: Whether to evaluate rather than train.
+        """
+        self.deterministic = self.deterministic if deterministic is None else deterministic
+
+    def _new_draw(
+        self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None
+    ) -> dict[str, jax.Array]:
+        assert self.sparsity is not None
+        if isinstance(rngs, nnx.Rngs) and (RNG_STREAM in rngs or "default" in rngs):
+            rngs = rngs[RNG_STREAM]
+        if isinstance(rngs, nnx.RngStream):
+            rngs = rngs()
+        if not isinstance(rngs, jax.Array):
+            raise ValueError(
+                f"rngs must have the stream {RNG_STREAM!r} for a draw of {self.sparsity}, as in "
+                f"nnx.Rngs({RNG_STREAM}=0); got {rngs}."
+            )
+        return self.sparsity.draw(rngs, batch_size, length, self.layout)

@@ -1,0 +1,229 @@
+"""What both Flax modules share: the kinds of sparsity and one attention call over them.
+
+Nothing here imports Flax. A kind of sparsity is a small dataclass that makes its random draws, and `attend`
+the one place that acts on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from scfa_jax.attention import causal_attention, hash_sparse_attention, qk_sparse_attention
+from scfa_jax.hashing import lsh_hash, random_rotations
+
+Implementation: TypeAlias = str | Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash:
+    """Attention inside the buckets of an angular hash: Hash-sparse of Pagliardini et al. 2023.
+
+    Args:
+        num_buckets: Number of buckets, even.
+        exclude_self: Whether a token may not attend to itself. With shared queries and keys it should not: it
+            would mostly see itself. The first token of a bucket then attends to nothing and its output is 0.
+
+    Raises:
+        ValueError: `num_buckets` is odd or below 2.
+    """
+
+    num_buckets: int
+    exclude_self: bool = True
+
+    def __post_init__(self):
+        if self.num_buckets < 2 or self.num_buckets % 2:
+            raise ValueError(f"num_buckets must be an even number of at least 2, got {self.num_buckets}.")
+
+    def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> dict[str, jax.Array]:
+        """Draws `rotations`, float32 `[K, H, num_buckets // 2]`, for every batch element and position."""
+        del batch_size, length
+        heads, head_dim = layout.num_key_value_heads, layout.head_dim
+        return {"rotations": random_rotations(key, heads, head_dim, self.num_buckets)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Attention among random subsets of queries and keys: QK-sparse of Pagliardini et al. 2023.
+
+    Args:
+        rate: Probability in `[0, 1)` with which each query and each key is dropped, independently for each
+            batch element, position and head.
+        drop_at_evaluation: Whether to drop at evaluation too; otherwise everything is kept there.
+
+    Raises:
+        ValueError: `rate` is outside `[0, 1)`.
+    """
+
+    rate: float
+    drop_at_evaluation: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be at least 0 and below 1, got {self.rate}.")
+
+    def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> dict[str, jax.Array]:
+        """Draws `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`."""
+        heads = {"query_keep": layout.num_heads, "key_keep": layout.num_key_value_heads}
+        return {
+            name: jax.random.bernoulli(one_key, 1 - self.rate, (batch_size, length, count))
+            for one_key, (name, count) in zip(jax.random.split(key), heads.items(), strict=True)
+        }
+
+
+Sparsity: TypeAlias = Hash | Drop | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What both modules make of their options of these names: checked and with the defaults filled in."""
+
+    in_features: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    share_query_key: bool
+    normalize_key: bool
+
+    @classmethod
+    def of(
+        cls,
+        in_features: int,
+        num_heads: int,
+        num_key_value_heads: int | None,
+        head_dim: int | None,
+        sparsity: Sparsity,
+        share_query_key: bool | None,
+        normalize_key: bool | None,
+    ) -> Layout:
+        if sparsity is not None and not isinstance(sparsity, Hash | Drop):
+            raise TypeError(f"sparsity must be None, Hash(...) or Drop(...), got {sparsity!r}.")
+        if num_heads < 1 or (head_dim is None and in_features % num_heads):
+            raise ValueError(
+                f"num_heads must be positive and, unless head_dim is given, divide in_features, "
+                f"got num_heads={num_heads} and in_features={in_features}."
+            )
+        key_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        if key_heads < 1 or num_heads % key_heads:
+            raise ValueError(f"num_key_value_heads must divide num_heads = {num_heads}, got {key_heads}.")
+        in_hash_mode = isinstance(sparsity, Hash)
+        return cls(
+            in_features,
+            num_heads,
+            key_heads,
+            in_features // num_heads if head_dim is None else head_dim,
+            in_hash_mode if share_query_key is None else share_query_key,
+            in_hash_mode if normalize_key is None else normalize_key,
+        )
+
+    def check_input(self, x: jax.Array) -> None:
+        """Raises ValueError unless `x` is `[B, T, in_features]`."""
+        if x.ndim != 3 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [B, T, {self.in_features}], got {x.shape}.")
+
+
+def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Scales vectors to length 1, computed in float32.
+
+    Args:
+        x: float `[..., H]`.
+        epsilon: Added to the squared length, so that the gradient at zero is finite.
+
+    Returns:
+        `[..., H]` in the dtype of `x`.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
+def shared_key(query: jax.Array, num_key_heads: int) -> jax.Array:
+    """Makes keys of queries: each key head is the mean of the query heads that read it.
+
+    With as many key heads as query heads this is the query itself. The mean treats the heads of a group
+    alike, as where Ainslie et al. 2023 pool key heads into grouped ones.
+
+    Args:
+        query: float `[B, T, N, H]`.
+        num_key_heads: `K`, a divisor of `N`.
+
+    Returns:
+        `[B, T, K, H]`: `query`, or a float32 mean.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    if num_heads == num_key_heads:
+        return query
+    grouped = query.reshape(batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
+    return grouped.astype(jnp.promote_types(query.dtype, jnp.float32)).mean(axis=3)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array | None,
+    value: jax.Array,
+    sparsity: Sparsity = None,
+    *,
+    normalize_key: bool = False,
+    rotations: jax.Array | None = None,
+    query_keep: jax.Array | None = None,
+    key_keep: jax.Array | None = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Causal self-attention under a kind of sparsity.
+
+    Args:
+        query: float `[B, T, N, H]`.
+        key: float `[B, S, K, H]`, or None to make it of the query (`shared_key`).
+        value: float `[B, S, K, H]`.
+        sparsity: None, `Hash` or `Drop`.
+        normalize_key: Whether to scale keys to unit length. Buckets do not depend on it.
+        rotations: float `[K, H, num_buckets // 2]`, for `Hash` and needed there.
+        query_keep: bool `[B, T, N]`, for `Drop`; everything is kept if None.
+        key_keep: bool `[B, S, K]`, given if and only if `query_keep` is.
+        implementation: As in `scfa_jax.causal_attention`.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of `query`.
+
+    Raises:
+        ValueError: The random draws do not go with `sparsity`, or have other heads than `query` and `value`.
+    """
+    if rotations is not None and not isinstance(sparsity, Hash):
+        raise ValueError(f"rotations go with sparsity=Hash(...), got sparsity={sparsity!r}.")
+    if (query_keep is not None or key_keep is not None) and not isinstance(sparsity, Drop):
+        raise ValueError(f"query_keep and key_keep go with sparsity=Drop(...), got sparsity={sparsity!r}.")
+
+    one_hash = key is None and query.shape[2] == value.shape[2]
+    raw_key = shared_key(query, value.shape[2]) if key is None else key
+    key = (normalize(raw_key) if normalize_key else raw_key).astype(query.dtype)
+
+    output: Any  # the operators also return pairs, with return_residual
+    if isinstance(sparsity, Hash):
+        expected = (value.shape[2], query.shape[3])
+        if rotations is None or rotations.ndim != 3 or rotations.shape[:2] != expected:
+            got = None if rotations is None else rotations.shape
+            raise ValueError(
+                f"rotations must be [K, H, num_buckets // 2] with [K, H] = {expected}, got {got}."
+            )
+        group = query.shape[2] // value.shape[2]
+        output = hash_sparse_attention(
+            query,
+            key,
+            value,
+            lsh_hash(query, jnp.repeat(rotations, group, axis=0)),
+            None if one_hash else lsh_hash(raw_key, rotations),
+            exclude_self=sparsity.exclude_self,
+            num_buckets=2 * rotations.shape[2],
+            implementation=implementation,
+        )
+    elif query_keep is not None and key_keep is not None:
+        output = qk_sparse_attention(query, key, value, query_keep, key_keep, implementation=implementation)
+    elif query_keep is None and key_keep is None:
+        output = causal_attention(query, key, value, implementation=implementation)
+    else:
+        missing = "query_keep" if query_keep is None else "key_keep"
+        raise ValueError(f"query_keep and key_keep must be given together, got {missing}=None.")
+    return output

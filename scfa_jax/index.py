@@ -107,7 +107,7 @@ def causal_index(
         key_order=None,
         key_code=_iota(key_length)[None, None],
         query_order=None,
-        low=jnp.zeros((1, 1, query_length), jnp.int32),
+        low=jnp.zeros_like(high),
         high=high,
     )
 

@@ -1,0 +1,208 @@
+"""Attention problems of every pattern, drawn at random: their inputs, their dense mask, how to call them."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import checked
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from scfa_jax import BlockSizes, Tile, reference
+
+# Small and unequal, so that short sequences have several tiles and each kernel its own shape.
+SMALL_BLOCKS = BlockSizes(Tile(16, 32), Tile(32, 16), Tile(16, 16))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    Attributes:
+        query, key, value: The inputs.
+        mask: bool `[B or 1, N or 1, T, S]`, from the reference.
+        operator: The checked operator to call with query, key and value.
+        dense: The operator of `scfa_jax.reference` that defines it.
+        pattern: Further positional arguments: hashes, masks or ranges.
+        options: Keyword arguments of both.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+    operator: object
+    dense: object
+    pattern: tuple = ()
+    options: dict = field(default_factory=dict)
+
+    def attend(self, query, key, value, **more):
+        """Calls the operator, with the residual."""
+        return self.operator(
+            query, key, value, *self.pattern, **self.options, return_residual=True, **more
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Axis lengths of a problem."""
+
+    batch: int = 2
+    query_length: int = 64
+    key_length: int = 64
+    heads: int = 2
+    key_heads: int = 2
+    head_dim: int = 16
+
+    @property
+    def query(self):
+        return (self.batch, self.query_length, self.heads, self.head_dim)
+
+    @property
+    def key(self):
+        return (self.batch, self.key_length, self.key_heads, self.head_dim)
+
+
+PATTERNS = ("causal", "hash", "shared_hash", "keep", "range")
+
+# Few enough that compiled code is met again, odd enough that no length is a multiple of anything.
+SHAPES = (
+    Shape(1, 64, 64, 2, 2, 16),
+    Shape(2, 50, 77, 4, 2, 24),
+    Shape(1, 90, 33, 2, 1, 32),
+    Shape(2, 33, 33, 3, 3, 16),
+    Shape(1, 1, 1, 1, 1, 16),
+)
+
+
+def arrays(rng: np.random.Generator, shape: Shape, dtype, spread: float = 1.0):
+    """Query, key and value with normal entries of a standard deviation of `spread`."""
+    return tuple(
+        jnp.asarray(rng.normal(size=s) * spread, jnp.float32).astype(dtype)
+        for s in (shape.query, shape.key, shape.key)
+    )
+
+
+def bucket_ids(rng: np.random.Generator, size, kind: str):
+    """Bucket ids with the skew that `kind` names."""
+    if kind == "one":
+        return np.full(size, 3, np.int32)
+    if kind == "distinct":
+        return rng.permuted(np.broadcast_to(np.arange(size[1], dtype=np.int32)[:, None], size), axis=1)
+    if kind == "zipf":
+        return np.minimum(rng.zipf(1.5, size), 8).astype(np.int32)
+    if kind == "huge":
+        return rng.choice(np.array([-(2**31), -1, 0, 2**31 - 1, 2**31 - 2], np.int32), size)
+    return rng.integers(0, int(kind), size, dtype=np.int32)
+
+
+def hash_case(rng, shape, dtype, *, kind="4", exclude_self=False, promise=False, shared=False, offset=0):
+    query, key, value = arrays(rng, shape, dtype)
+    query_hash = jnp.asarray(bucket_ids(rng, shape.query[:3], kind))
+    key_hash = query_hash if shared else jnp.asarray(bucket_ids(rng, shape.key[:3], kind))
+    options = {"exclude_self": exclude_self, "query_offset": offset}
+    mask = reference.hash_mask(query_hash, key_hash, **options)
+    if promise:
+        options["num_buckets"] = max(int(query_hash.max()), int(key_hash.max())) + 1
+    pattern = (query_hash,) if shared else (query_hash, key_hash)
+    return Case(
+        query,
+        key,
+        value,
+        mask,
+        checked.hash_sparse_attention,
+        reference.hash_sparse_attention,
+        pattern,
+        options,
+    )
+
+
+def keep_case(rng, shape, dtype, *, query_density=0.5, key_density=0.5, offset=0):
+    query, key, value = arrays(rng, shape, dtype)
+    query_keep = jnp.asarray(rng.random(shape.query[:3]) < query_density)
+    key_keep = jnp.asarray(rng.random(shape.key[:3]) < key_density)
+    return Case(
+        query,
+        key,
+        value,
+        reference.keep_mask(query_keep, key_keep, query_offset=offset),
+        checked.qk_sparse_attention,
+        reference.qk_sparse_attention,
+        (query_keep, key_keep),
+        {"query_offset": offset},
+    )
+
+
+def range_case(rng, shape, dtype, *, longest=1.0):
+    """Ranges that start anywhere (out of bounds too), overlap, go backwards or are empty."""
+    query, key, value = arrays(rng, shape, dtype)
+    length = shape.key_length
+    start = rng.integers(-3, length + 3, shape.query[:3], dtype=np.int32)
+    stop = start + rng.integers(-4, int(longest * length) + 1, shape.query[:3], dtype=np.int32)
+    start, stop = jnp.asarray(start), jnp.asarray(stop)
+    return Case(
+        query,
+        key,
+        value,
+        reference.range_mask(start, stop, length),
+        checked.range_attention,
+        reference.range_attention,
+        (start, stop),
+    )
+
+
+def causal_case(rng, shape, dtype, *, offset=0):
+    query, key, value = arrays(rng, shape, dtype)
+    mask = reference.causal_mask(shape.query_length, shape.key_length, offset)
+    return Case(
+        query,
+        key,
+        value,
+        mask,
+        checked.causal_attention,
+        reference.causal_attention,
+        (),
+        {"query_offset": offset},
+    )
+
+
+def make_case(pattern: str, rng, shape: Shape, dtype, **options) -> Case:
+    """A case of the named pattern; options are those of its maker."""
+    if pattern == "shared_hash":
+        shape = Shape(
+            shape.batch, shape.query_length, shape.query_length, shape.heads, shape.heads, shape.head_dim
+        )
+    makers = {
+        "causal": causal_case,
+        "hash": hash_case,
+        "shared_hash": partial(hash_case, shared=True),
+        "keep": keep_case,
+        "range": range_case,
+    }
+    return makers[pattern](rng, shape, dtype, **options)
+
+
+@st.composite
+def drawn_cases(draw, pattern: str, dtypes=(jnp.float32, jnp.bfloat16, jnp.float16), shapes=SHAPES):
+    """Cases of one pattern over shapes, dtypes, skews, densities and offsets."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = draw(st.sampled_from(shapes))
+    dtype = draw(st.sampled_from(dtypes))
+    options = {}
+    if pattern != "range":
+        options["offset"] = draw(
+            st.sampled_from(
+                (0, shape.key_length - shape.query_length, 7, -5, jnp.full((shape.batch,), 3, jnp.int32))
+            )
+        )
+    if pattern in ("hash", "shared_hash"):
+        options["kind"] = draw(st.sampled_from(("one", "2", "4", "16", "distinct", "zipf", "huge")))
+        options["exclude_self"] = draw(st.booleans())
+        options["promise"] = options["kind"] != "huge" and draw(st.booleans())
+    if pattern == "keep":
+        densities = st.sampled_from((0.0, 0.05, 0.3, 0.5, 0.9, 1.0))
+        options["query_density"], options["key_density"] = draw(densities), draw(densities)
+    if pattern == "range":
+        options["longest"] = draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    return make_case(pattern, rng, shape, dtype, **options)

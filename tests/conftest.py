@@ -1,0 +1,40 @@
+"""What all tests share: the implementations that this machine can run, and when GPU tests are left out."""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share a GPU
+# The suite compiles thousands of small functions and runs each once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import hypothesis
+import jax
+import pytest
+
+HAS_GPU = jax.default_backend() == "gpu"
+IMPLEMENTATIONS = ("triton", "xla") if HAS_GPU else ("xla", "triton_interpret")
+
+hypothesis.settings.register_profile(
+    "scfa",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=12,
+    # The fixture that trips this check is `implementation`, a name.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("scfa")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> str:
+    """Each implementation that runs here."""
+    return request.param

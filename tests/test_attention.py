@@ -1,0 +1,374 @@
+"""Every operator, on every implementation: values, gradients, and what rows that take no part may not do."""
+
+import checked
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PATTERNS, SHAPES, SMALL_BLOCKS, Case, Shape, drawn_cases, make_case
+from conftest import HAS_GPU
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_as_exact_as_plain, cotangents, results_and_gradients
+
+import scfa_jax
+from scfa_jax import BlockSizes, Tile, reference
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def options(implementation):
+    return {"implementation": implementation, "block_sizes": SMALL_BLOCKS}
+
+
+def run(case: Case, implementation, seed=0, **more):
+    """Output, log-sum-exp and gradients for random cotangents."""
+    given = cotangents(np.random.default_rng(seed), case.query)
+    attend = lambda *qkv: case.attend(*qkv, **{**options(implementation), **more})
+    return jax.jit(lambda *a: results_and_gradients(attend, *a))(case.query, case.key, case.value, *given)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(data=st.data())
+def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, data):
+    case = data.draw(drawn_cases(pattern))
+    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
+    rng = np.random.default_rng(1)
+    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_causal_attention_of_every_shape(implementation, shape, dtype):
+    case = make_case("causal", np.random.default_rng(2), shape, dtype)
+    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
+    rng = np.random.default_rng(1)
+    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 72, 128, 136, 256])
+def test_head_sizes(implementation, head_dim):
+    shape = Shape(1, 40, 40, 1, 1, head_dim)
+    case = make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2")
+    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
+    rng = np.random.default_rng(1)
+    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 12, 300])
+def test_any_head_size_on_xla(head_dim):
+    shape = Shape(1, 40, 40, 2, 1, head_dim)
+    case = make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2")
+    attend = lambda *qkv: case.attend(*qkv, **options("xla"))
+    rng = np.random.default_rng(1)
+    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, -0.5, 0.0])
+def test_scale_of_any_sign(implementation, scale):
+    case = make_case("hash", np.random.default_rng(3), Shape(), jnp.float32)
+    attend = lambda *qkv: case.attend(*qkv, scale=scale, **options(implementation))
+    arguments = (case.query, case.key, case.value, case.mask, np.random.default_rng(1))
+    assert_as_exact_as_plain(attend, *arguments, scale=scale)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "hash", "range"])
+def test_large_scores_do_not_overflow(implementation, pattern):
+    case = make_case(pattern, np.random.default_rng(4), Shape(), jnp.float32)
+    arguments = (case.query * 40, case.key * 40, case.value, case.mask, np.random.default_rng(1))
+    assert_as_exact_as_plain(lambda *qkv: case.attend(*qkv, **options(implementation)), *arguments)
+
+
+def test_default_block_sizes(implementation):
+    for pattern in ("causal", "hash", "range"):
+        case = make_case(pattern, np.random.default_rng(5), Shape(1, 150, 170, 2, 1, 16), jnp.bfloat16)
+        attend = lambda *qkv, case=case: case.attend(*qkv, implementation=implementation)
+        rng = np.random.default_rng(1)
+        assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+
+
+def test_two_buckets_in_one_tile_of_keys(implementation):
+    """Where a tile of keys spans two buckets, positions in it do not ascend: the authors' kernels fail here."""
+    rng = np.random.default_rng(6)
+    ids = rng.permutation(np.repeat(np.arange(3, dtype=np.int32), (192, 256, 320)))
+    query_hash = jnp.asarray(ids)[None, :, None]
+    key_hash = jnp.asarray(rng.permutation(ids))[None, :, None]
+    query, key, value = (jnp.asarray(rng.normal(size=(1, 768, 1, 16)), jnp.float32) for _ in range(3))
+    for exclude_self in (False, True):
+        mask = reference.hash_mask(query_hash, key_hash, exclude_self=exclude_self)
+        for size in (32, 128):
+            blocks = BlockSizes(Tile(size, size), Tile(size, size), Tile(size, size))
+
+            def attend(*qkv, blocks=blocks, exclude_self=exclude_self):
+                return checked.hash_sparse_attention(
+                    *qkv,
+                    query_hash,
+                    key_hash,
+                    exclude_self=exclude_self,
+                    implementation=implementation,
+                    block_sizes=blocks,
+                    return_residual=True,
+                )
+
+            assert_as_exact_as_plain(attend, query, key, value, mask, np.random.default_rng(1))
+
+
+STRANDED = {
+    "all queries dropped": ("keep", {"query_density": 0.0}),
+    "all keys dropped": ("keep", {"key_density": 0.0}),
+    "first keys dropped": ("keep", {"query_density": 1.0, "key_density": 0.1}),
+    "empty ranges": ("range", {"longest": 0.0}),
+    "every bucket distinct, self excluded": ("shared_hash", {"kind": "distinct", "exclude_self": True}),
+    "first of each bucket, self excluded": ("shared_hash", {"kind": "4", "exclude_self": True}),
+    "queries before all keys": ("causal", {"offset": -10}),
+    "no bucket in common": ("hash", {"kind": "distinct"}),
+}
+
+
+@pytest.mark.parametrize("name", STRANDED)
+def test_stranded_queries_give_exact_zeros(implementation, name):
+    pattern, more = STRANDED[name]
+    case = make_case(pattern, np.random.default_rng(7), Shape(2, 50, 50, 2, 2, 16), jnp.float32, **more)
+    output, logsumexp, dquery, dkey, dvalue = map(np.asarray, run(case, implementation))
+    mask = np.broadcast_to(case.mask, (2, 2, 50, 50))
+    stranded = ~mask.any(3).swapaxes(1, 2)  # [B, T, N]
+    unseen = ~mask.any(2).swapaxes(1, 2)  # [B, S, N]
+    assert stranded.any()
+    np.testing.assert_array_equal(output[stranded], 0)
+    np.testing.assert_array_equal(logsumexp[stranded], -np.inf)
+    np.testing.assert_array_equal(dquery[stranded], 0)
+    np.testing.assert_array_equal(dkey[unseen], 0)
+    np.testing.assert_array_equal(dvalue[unseen], 0)
+    for x in (output, dquery, dkey, dvalue, logsumexp[~stranded]):
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("pattern", ["hash", "keep", "range", "causal"])
+def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped, poison):
+    """NaN or inf in unseen keys and values, in stranded queries and in their cotangents changes no bit."""
+    shape = Shape(1, 60, 70, 2, 1 if grouped else 2, 16)
+    more = {
+        "hash": {"kind": "4", "exclude_self": True},
+        "keep": {"query_density": 0.6, "key_density": 0.4},
+        "range": {"longest": 0.3},
+        "causal": {"offset": -3},
+    }[pattern]
+    case = make_case(pattern, np.random.default_rng(8), shape, jnp.float32, **more)
+    mask = np.broadcast_to(case.mask, (1, 2, 60, 70))
+    stranded = ~mask.any(3).swapaxes(1, 2)
+    seen = mask.any(2).swapaxes(1, 2)
+    unseen = ~seen.reshape(1, 70, shape.key_heads, -1).any(3)
+    assert stranded.any()
+    assert unseen.any()
+    given = cotangents(np.random.default_rng(0), case.query)
+    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
+
+    def results(query, key, value, output_cotangent, logsumexp_cotangent):
+        (output, logsumexp), pull = jax.vjp(attend, query, key, value)
+        return output, logsumexp, *pull((output_cotangent, logsumexp_cotangent))
+
+    # Poison for the rows at hand; any value for the comparison, as long as it is finite.
+    spoil = lambda x, rows, by: jnp.where(rows.reshape(*rows.shape, *(1,) * (x.ndim - 3)), by, x)
+
+    def spoiled(by):
+        return (
+            spoil(case.query, stranded, by),
+            spoil(case.key, unseen, by),
+            spoil(case.value, unseen, by),
+            spoil(given[0], stranded, by),
+            spoil(given[1], stranded, by),
+        )
+
+    for x, y in zip(jax.jit(results)(*spoiled(poison)), jax.jit(results)(*spoiled(0.5)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    dense = lambda *qkv: case.dense(*qkv, *case.pattern, **case.options, return_residual=True)
+    attend = dense
+    for x in jax.jit(results)(*spoiled(poison))[2:]:
+        assert np.isfinite(x).all()
+
+
+def test_nan_in_a_row_that_takes_part_is_not_hidden(implementation):
+    case = make_case("causal", np.random.default_rng(9), Shape(1, 40, 40, 1, 1, 16), jnp.float32)
+    value = case.value.at[0, 7].set(jnp.nan)
+    output, _ = case.attend(case.query, case.key, value, **options(implementation))
+    assert np.isnan(output[0, 7:]).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_reruns_give_the_same_bits(implementation, pattern):
+    case = make_case(pattern, np.random.default_rng(10), Shape(2, 70, 70, 4, 2, 16), jnp.bfloat16)
+    for x, y in zip(run(case, implementation), run(case, implementation), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 9), (9, 1)], ids=str)
+@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
+def test_empty_and_single_sequences(implementation, pattern, lengths):
+    case = make_case(pattern, np.random.default_rng(11), Shape(2, *lengths, 2, 2, 16), jnp.float32)
+    output, logsumexp, *gradients = run(case, implementation)
+    want, want_logsumexp = case.dense(
+        case.query, case.key, case.value, *case.pattern, **case.options, return_residual=True
+    )
+    np.testing.assert_allclose(output, want, atol=1e-5)
+    np.testing.assert_allclose(logsumexp, want_logsumexp, atol=1e-5)
+    for gradient, x in zip(gradients, (case.query, case.key, case.value), strict=True):
+        assert gradient.shape == x.shape
+        assert np.isfinite(gradient).all()
+
+
+def test_empty_batch(implementation):
+    empty = jnp.zeros((0, 5, 2, 16))
+    assert checked.causal_attention(empty, empty, empty, implementation=implementation).shape == empty.shape
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_without_a_batch_axis(implementation, pattern):
+    case = make_case(pattern, np.random.default_rng(12), Shape(1, 30, 40, 2, 2, 16), jnp.float32)
+    want, want_logsumexp = case.attend(case.query, case.key, case.value, **options(implementation))
+    output, logsumexp = case.operator(
+        *(x[0] for x in (case.query, case.key, case.value, *case.pattern)),
+        **case.options,
+        **options(implementation),
+        return_residual=True,
+    )
+    np.testing.assert_array_equal(output, want[0])
+    np.testing.assert_array_equal(logsumexp, want_logsumexp[0])
+
+
+@pytest.mark.parametrize("axes", [(1,), (2,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("pattern", ["hash", "keep", "range"])
+def test_axes_of_one_broadcast(implementation, pattern, axes):
+    case = make_case(pattern, np.random.default_rng(13), Shape(2, 40, 40, 2, 2, 16), jnp.float32)
+    narrow = tuple(x[tuple(slice(1) if i in axes else slice(None) for i in range(3))] for x in case.pattern)
+    wide = tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(narrow, case.pattern, strict=True))
+    results = [
+        case.operator(case.query, case.key, case.value, *pattern, **case.options, **options(implementation))
+        for pattern in (narrow, wide)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 4, 1), (4, 2, 1, 2), (6, 2, 6, 2), (4, 4, 1, 4), (4, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize("promise", [None, 5])
+def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
+    query_heads, key_heads, query_hash_heads, key_hash_heads = heads
+    rng = np.random.default_rng(14)
+    shape = Shape(2, 40, 50, query_heads, key_heads, 16)
+    case = make_case("hash", rng, shape, jnp.float32)
+    query_hash = jnp.asarray(rng.integers(0, 5, (2, 40, query_hash_heads)), jnp.int32)
+    key_hash = jnp.asarray(rng.integers(0, 5, (1, 50, key_hash_heads)), jnp.int32)
+    got = checked.hash_sparse_attention(
+        case.query, case.key, case.value, query_hash, key_hash, num_buckets=promise, **options(implementation)
+    )
+    want = reference.hash_sparse_attention(case.query, case.key, case.value, query_hash, key_hash)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_one_offset_for_each_batch_element(implementation):
+    case = make_case("causal", np.random.default_rng(15), Shape(3, 20, 40, 2, 2, 16), jnp.float32)
+    offsets = jnp.array([0, 20, -30], jnp.int32)
+    got = checked.causal_attention(
+        case.query, case.key, case.value, query_offset=offsets, **options(implementation)
+    )
+    for b, offset in enumerate((0, 20, -30)):
+        one = [x[b : b + 1] for x in (case.query, case.key, case.value)]
+        want = reference.causal_attention(*one, query_offset=offset)
+        np.testing.assert_allclose(got[b : b + 1], want, atol=2e-5)
+
+
+def test_chunked_prefill_equals_one_pass(implementation):
+    """Queries in two chunks, the second with an offset, see what they see together."""
+    case = make_case("shared_hash", np.random.default_rng(16), Shape(1, 60, 60, 2, 2, 16), jnp.float32)
+    (ids,) = case.pattern
+    whole = checked.hash_sparse_attention(case.query, case.key, case.value, ids, **options(implementation))
+    chunks = [
+        checked.hash_sparse_attention(
+            case.query[:, part],
+            case.key,
+            case.value,
+            ids[:, part],
+            ids,
+            query_offset=part.start,
+            **options(implementation),
+        )
+        for part in (slice(0, 37), slice(37, 60))
+    ]
+    np.testing.assert_allclose(jnp.concatenate(chunks, 1), whole, atol=2e-5)
+
+
+def test_merging_disjoint_key_sets_through_the_residual(implementation):
+    """What the differentiable log-sum-exp is for: two halves of the keys merge to all of them."""
+    case = make_case("range", np.random.default_rng(17), Shape(1, 40, 60, 2, 2, 16), jnp.float32, longest=1.0)
+    start, stop = case.pattern
+    middle = (start + jnp.maximum(start, stop)) // 2
+
+    def merged(query, key, value):
+        parts = [
+            checked.range_attention(
+                query, key, value, *ends, return_residual=True, **options(implementation)
+            )
+            for ends in ((start, middle), (middle, stop))
+        ]
+        weights = jax.nn.softmax(jnp.maximum(jnp.stack([lse for _, lse in parts]), -1e30), axis=0)
+        return sum(w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True))
+
+    loss = lambda attend: lambda *qkv: jnp.sum(jnp.sin(attend(*qkv)))
+    dense = lambda *qkv: reference.range_attention(*qkv, start, stop)
+    arguments = (case.query, case.key, case.value)
+    np.testing.assert_allclose(merged(*arguments), dense(*arguments), atol=2e-5)
+    got, want = (jax.grad(loss(f), (0, 1, 2))(*arguments) for f in (merged, dense))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-5)
+
+
+def test_one_index_serves_many_calls(implementation):
+    case = make_case("hash", np.random.default_rng(18), Shape(), jnp.float32)
+    index = scfa_jax.hash_index(*case.pattern, exclude_self=True)
+    want = scfa_jax.hash_sparse_attention(
+        case.query, case.key, case.value, *case.pattern, exclude_self=True, **options(implementation)
+    )
+    attend = jax.jit(lambda q, index: scfa_jax.sparse_attention(q, case.key, case.value, index, **options(implementation)))
+    np.testing.assert_array_equal(attend(case.query, index), want)
+
+
+def test_float32_is_exact_to_float32_whatever_the_default_precision(implementation):
+    case = make_case("hash", np.random.default_rng(19), Shape(1, 128, 128, 2, 2, 64), jnp.float32, kind="2")
+    with jax.default_matmul_precision("bfloat16"):
+        got = run(case, implementation)
+    given = cotangents(np.random.default_rng(0), case.query)
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        wide = (x.astype(jnp.float64) for x in (case.query, case.key, case.value))
+        dense = lambda *qkv: reference.attention(*qkv, case.mask)
+        want = results_and_gradients(dense, *wide, *given)
+        want = [np.asarray(x) for x in want]
+    for name, x, y in zip(("output", "logsumexp", "dq", "dk", "dv"), got, want, strict=True):
+        x, y = (np.where(np.isfinite(y), z, 0) for z in (np.asarray(x, np.float64), y))
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name
+
+
+def test_under_x64(implementation):
+    case = make_case("hash", np.random.default_rng(20), Shape(), jnp.float32, promise=True)
+    want = run(case, implementation)
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        got = run(case, implementation)
+        again = make_case("range", np.random.default_rng(20), Shape(), jnp.float32)
+        run(again, implementation)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_default_implementation_runs_here():
+    case = make_case("hash", np.random.default_rng(21), Shape(), jnp.bfloat16)
+    expected = "triton" if HAS_GPU else "xla"
+    for x, y in zip(run(case, None), run(case, expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_a_sequence_of_implementations_takes_the_first_that_can():
+    case = make_case("causal", np.random.default_rng(22), Shape(1, 20, 20, 1, 1, 12), jnp.float32)
+    got, _ = case.attend(case.query, case.key, case.value, implementation=("triton", "triton_interpret", "xla"))
+    want, _ = case.attend(case.query, case.key, case.value, implementation="xla")
+    np.testing.assert_array_equal(got, want)

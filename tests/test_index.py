@@ -1,0 +1,106 @@
+"""Every index builder: its ranges, read back as a mask, are the pattern's dense mask."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PATTERNS, Case, Shape, drawn_cases, make_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scfa_jax
+from scfa_jax.index import NEVER, SparseIndex
+
+
+def build(pattern: str, case: Case) -> SparseIndex:
+    """The index of a case, from its builder."""
+    query_length, key_length = case.query.shape[1], case.key.shape[1]
+    if pattern == "causal":
+        return scfa_jax.causal_index(query_length, key_length, **case.options)
+    if pattern == "range":
+        return scfa_jax.range_index(*case.pattern, key_length)
+    builder = scfa_jax.keep_index if pattern == "keep" else scfa_jax.hash_index
+    return builder(*case.pattern, **case.options)
+
+
+def as_mask(index: SparseIndex) -> np.ndarray:
+    """The pairs that an index allows, in original order: bool `[B, N, T, S]`."""
+    low, high, code = (np.asarray(x) for x in (index.low, index.high, index.key_code))
+    batch, heads = (max(low.shape[i], code.shape[i]) for i in (0, 1))
+
+    def spread(x):
+        x = np.asarray(x)
+        x = np.repeat(x, heads // x.shape[1], axis=1)
+        return np.broadcast_to(x, (batch, *x.shape[1:]))
+
+    low, high, code = (spread(x) for x in (low, high, code))
+    ordered = (code[..., None, :] >= low[..., None]) & (code[..., None, :] <= high[..., None])
+    rows = np.arange(low.shape[-1]) if index.query_order is None else spread(index.query_order)
+    columns = np.arange(code.shape[-1]) if index.key_order is None else spread(index.key_order)
+    mask = np.zeros_like(ordered)
+    for b in range(batch):
+        for n in range(heads):
+            r = rows if rows.ndim == 1 else rows[b, n]
+            c = columns if columns.ndim == 1 else columns[b, n]
+            mask[b, n][np.ix_(r, c)] = ordered[b, n]
+    return mask
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_an_index_allows_exactly_the_pattern(pattern, data):
+    case = data.draw(drawn_cases(pattern, dtypes=(jnp.float32,)))
+    index = build(pattern, case)
+    mask = as_mask(index)
+    want = np.asarray(case.mask)
+    if mask.shape[1] < want.shape[1]:
+        mask = np.repeat(mask, want.shape[1] // mask.shape[1], axis=1)
+    np.testing.assert_array_equal(mask, np.broadcast_to(want, np.broadcast_shapes(want.shape, mask.shape)))
+
+    codes, low, high = (np.asarray(x, np.int64) for x in (index.key_code, index.low, index.high))
+    assert (np.diff(codes, axis=-1) >= 0).all()
+    assert (np.diff(low, axis=-1) >= 0).all()
+    assert high.max(initial=-1) < NEVER
+    if index.ascending:
+        assert (np.diff(high, axis=-1) >= 0).all()
+    for order in (index.query_order, index.key_order):
+        if order is not None:
+            np.testing.assert_array_equal(np.sort(order, axis=-1)[0, 0], np.arange(order.shape[-1]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_stats_count_the_pairs_and_the_tiles(pattern):
+    case = make_case(pattern, np.random.default_rng(0), Shape(2, 50, 70, 4, 2, 16), jnp.float32)
+    index = build(pattern, case)
+    stats = index.stats(16, 32)
+    pairs = as_mask(index).sum((2, 3))
+    np.testing.assert_array_equal(np.broadcast_to(stats["pairs"], pairs.shape), pairs)
+    np.testing.assert_array_equal(stats["tiles"], stats["full"] + stats["edge"])
+    rows, columns = -(-case.query.shape[1] // 16), -(-case.key.shape[1] // 32)
+    np.testing.assert_array_equal(stats["total"], rows * columns)
+    assert (stats["tiles"] <= stats["total"]).all()
+
+
+def test_a_promise_of_buckets_gives_codes_of_bucket_and_position():
+    query_hash = jnp.array([[[2], [0], [2], [1]]], jnp.int32)
+    index = scfa_jax.hash_index(query_hash, num_buckets=3)
+    np.testing.assert_array_equal(index.key_code[0, 0], [0 * 4 + 1, 1 * 4 + 3, 2 * 4 + 0, 2 * 4 + 2])
+    np.testing.assert_array_equal(index.key_order[0, 0], [1, 3, 0, 2])
+    np.testing.assert_array_equal(index.low[0, 0], [0, 4, 8, 8])
+    np.testing.assert_array_equal(index.high[0, 0], [1, 7, 8, 10])
+
+
+def test_a_promise_too_large_for_a_code_falls_back_to_ranks():
+    query_hash = jnp.array([[[2**30], [0], [2**30], [1]]], jnp.int32)
+    index = scfa_jax.hash_index(query_hash, num_buckets=2**30 + 1)
+    np.testing.assert_array_equal(index.key_code[0, 0], [0, 1, 2, 3])
+    assert as_mask(index)[0, 0].sum() == 5
+
+
+def test_dropped_rows_come_last():
+    keep = jnp.array([[[False], [True], [False], [True]]])
+    index = scfa_jax.keep_index(keep, keep)
+    np.testing.assert_array_equal(index.key_order[0, 0], [1, 3, 0, 2])
+    np.testing.assert_array_equal(index.key_code[0, 0], [1, 3, NEVER, NEVER])
+    np.testing.assert_array_equal(index.low[0, 0], [0, 0, NEVER, NEVER])
+    np.testing.assert_array_equal(index.high[0, 0], [1, 3, 3, 3])

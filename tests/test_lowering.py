@@ -1,0 +1,118 @@
+"""The kernels lower for CUDA on a machine without a GPU, forward and backward, and read and write in place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Shape, make_case
+from conftest import HAS_GPU
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import scfa_jax
+
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+
+
+def lowered_for_cuda(function, *arguments) -> str:
+    with jax.sharding.use_abstract_mesh(H100):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text: str) -> set[str]:
+    return {name for name in ("scfa_forward", "scfa_dq", "scfa_dkv", "_kernel", "_dq_kernel") if name in text}
+
+
+def gradients(case, implementation, **options):
+    def loss(query, key, value, pattern):
+        output, logsumexp = case.operator(
+            query,
+            key,
+            value,
+            *pattern,
+            **case.options,
+            implementation=implementation,
+            return_residual=True,
+            **options,
+        )
+        return jnp.sum(output.astype(jnp.float32)) + jnp.sum(logsumexp)
+
+    return jax.grad(loss, (0, 1, 2)), (case.query, case.key, case.value, case.pattern)
+
+
+def number_of_kernels(text: str) -> int:
+    return text.count("custom_call @__gpu$xla.gpu.triton") + text.count("custom_call @triton_kernel_call_ffi")
+
+
+@pytest.mark.parametrize("pattern", ["causal", "hash", "shared_hash", "keep", "range"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(16, jnp.float32), (32, jnp.bfloat16), (64, jnp.bfloat16), (80, jnp.float16), (128, jnp.bfloat16)],
+    ids=str,
+)
+def test_gradients_lower_to_three_kernels(pattern, head_dim, dtype):
+    case = make_case(pattern, np.random.default_rng(0), Shape(2, 100, 100, 4, 2, head_dim), dtype)
+    text = lowered_for_cuda(*_call(gradients(case, "triton")))
+    assert number_of_kernels(text) == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("head_dim", range(16, 257, 8))
+def test_every_head_size_lowers(head_dim, dtype):
+    if head_dim % 40 and dtype != jnp.bfloat16:
+        pytest.skip("every fifth size stands for the other dtypes")
+    case = make_case("hash", np.random.default_rng(0), Shape(1, 64, 64, 1, 1, head_dim), dtype)
+    assert number_of_kernels(lowered_for_cuda(*_call(gradients(case, "triton")))) == 3
+
+
+def test_vmapped_kernels_lower():
+    case = make_case("hash", np.random.default_rng(0), Shape(2, 64, 64, 2, 2, 32), jnp.bfloat16)
+    gradient, (query, key, value, pattern) = gradients(case, "triton")
+    stacked = lambda x, axis: jnp.stack([x, x], axis)
+    mapped = jax.vmap(jax.vmap(gradient, (2, None, 0, 1)), (0, None, None, None))
+    arguments = (stacked(stacked(query, 2), 0), key, stacked(value, 0), tuple(stacked(x, 1) for x in pattern))
+    assert number_of_kernels(lowered_for_cuda(mapped, *arguments)) == 3
+
+
+def test_the_platform_that_code_is_lowered_for_decides():
+    case = make_case("hash", np.random.default_rng(0), Shape(1, 64, 64, 1, 1, 32), jnp.bfloat16)
+    function, arguments = gradients(case, None)
+    assert number_of_kernels(lowered_for_cuda(function, *arguments)) == 3
+    on_cpu = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+    assert number_of_kernels(on_cpu) == 0
+
+
+def test_a_head_size_that_triton_lacks_lowers_to_plain_jax():
+    case = make_case("hash", np.random.default_rng(0), Shape(1, 64, 64, 1, 1, 20), jnp.bfloat16)
+    assert number_of_kernels(lowered_for_cuda(*_call(gradients(case, None)))) == 0
+
+
+def test_kernels_get_the_callers_arrays_and_no_sorted_copies():
+    """Outside the kernels nothing but delta has the size of query, key or value: no gather, no scatter of rows."""
+    case = make_case("hash", np.random.default_rng(0), Shape(1, 128, 128, 2, 2, 64), jnp.bfloat16)
+    function, arguments = gradients(case, "triton")
+    with jax.sharding.use_abstract_mesh(H100):
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+    rows = {case.query.size}
+
+    def movers(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                continue
+            if equation.primitive.name in ("gather", "scatter", "sort", "transpose", "concatenate"):
+                yield from (equation for v in equation.outvars if v.aval.size in rows)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from movers(inner)
+
+    assert not list(movers(jaxpr.jaxpr))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
+def test_triton_without_a_gpu_raises_while_tracing():
+    x = jnp.zeros((1, 16, 1, 16))
+    with pytest.raises(NotImplementedError, match="GPU"):
+        jax.eval_shape(lambda x: scfa_jax.causal_attention(x, x, x, implementation="triton"), x)
+
+
+def _call(function_and_arguments):
+    function, arguments = function_and_arguments
+    return function, *arguments

@@ -1,0 +1,144 @@
+"""The language model: shapes, dtypes, causality, tied embeddings, rematerialisation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models import ModelConfig, Transformer
+from models.rotary import rotary
+
+VOCAB, LENGTH = 40, 24
+ALL_KINDS = "dense, hash,qk"  # one layer of each
+
+
+def make(seed: int = 0, **options) -> Transformer:
+    defaults = {"attention": ALL_KINDS, "layers": 3, "width": 32, "heads": 2, "dtype": "float32"}
+    config = ModelConfig(**{**defaults, **options})
+    return Transformer(config, vocab_size=VOCAB, max_length=LENGTH, rngs=nnx.Rngs(seed, sparsity=seed))
+
+
+def logits_of(model: Transformer, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    graph, state = nnx.split(model)
+    return _apply(graph, state, tokens, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph, state, tokens, key):
+    return nnx.merge(graph, state)(tokens, key=key)
+
+
+@pytest.fixture
+def tokens() -> jax.Array:
+    return jax.random.randint(jax.random.key(3), (2, LENGTH), 0, VOCAB)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_logits_are_float32_for_every_position_and_token(positions, tokens):
+    logits = logits_of(make(positions=positions), tokens, jax.random.key(0))
+    assert logits.shape == (2, LENGTH, VOCAB)
+    assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("key", [None, 5], ids=["evaluation", "training"])
+def test_no_position_sees_a_later_one(key, tokens):
+    key = None if key is None else jax.random.key(key)
+    model = make()
+    changed = tokens.at[:, 15:].set((tokens[:, 15:] + 1) % VOCAB)
+    before, after = logits_of(model, tokens, key), logits_of(model, changed, key)
+    np.testing.assert_allclose(before[:, :15], after[:, :15], atol=1e-5)
+    assert not np.allclose(before[:, 15:], after[:, 15:], atol=1e-3)
+
+
+def test_layers_take_the_kinds_of_attention_in_turn():
+    assert ModelConfig(attention="dense, hash", layers=5).layer_kinds() == (
+        *("dense", "hash", "dense", "hash", "dense"),
+    )
+
+
+def test_the_embedding_is_the_output_layer(tokens):
+    model = make(attention="dense", layers=1)
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert sorted(parameters) == ["blocks", "embedding", "norm"]  # no output layer of its own
+    features = jnp.ones((2, 32))
+    np.testing.assert_allclose(
+        model.logits(features), features @ parameters["embedding"]["embedding"].T, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bfloat16_computes_on_float32_parameters(tokens):
+    model = make(dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
+    features = jax.eval_shape(model.features, tokens)
+    assert features.dtype == jnp.bfloat16
+    logits = logits_of(model, tokens)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, logits_of(make(), tokens), atol=0.05)
+
+
+def test_rematerialisation_changes_nothing_but_memory(tokens):
+    def loss_and_gradients(remat: bool):
+        graph, params, rest = nnx.split(make(remat=remat), nnx.Param, ...)
+
+        def loss(params):
+            return (nnx.merge(graph, params, rest)(tokens, key=jax.random.key(1)) ** 2).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    for kept, computed_again in zip(
+        jax.tree.leaves(loss_and_gradients(False)), jax.tree.leaves(loss_and_gradients(True)), strict=True
+    ):
+        np.testing.assert_allclose(kept, computed_again, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["hash", "qk"])
+def test_a_training_key_decides_the_draw_and_evaluation_needs_none(attention, tokens):
+    model = make(attention=attention, layers=1)
+    one, again, other = (logits_of(model, tokens, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other)
+    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(model, tokens))
+
+
+def test_layers_draw_independently():
+    first, second = make(attention="hash", layers=2).draw(1, LENGTH, jax.random.key(0))
+    assert not np.allclose(first["rotations"], second["rotations"])
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def score(at, other):
+        return float((rotary(query, jnp.array([[at]])) * rotary(key, jnp.array([[other]]))).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(7, 3) != pytest.approx(score(9, 3), abs=1e-3)
+
+
+def test_learned_positions_end_somewhere():
+    model = make(attention="dense", layers=1, positions="learned")
+    with pytest.raises(ValueError, match=rf"at most {LENGTH} long.*got {LENGTH + 1}"):
+        model(jnp.zeros((1, LENGTH + 1), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"heads": 3}, "--heads must divide --width, got 3"),
+        ({"attention": "hash,sparse"}, "'sparse'"),
+        ({"num_buckets": 3}, "--num-buckets must be an even number"),
+        ({"drop_rate": 1.0}, "--drop-rate"),
+        ({"layers": 0}, "--layers must be at least 1"),
+        ({"width": 6, "heads": 2}, "even width a head"),
+        ({"dtype": "auto"}, "dtype must be decided"),
+    ],
+)
+def test_impossible_models_say_what_is_wrong(options, named):
+    with pytest.raises(ValueError, match=named):
+        make(**options)

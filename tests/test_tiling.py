@@ -1,0 +1,106 @@
+"""Tile bounds: they hold every allowed pair, call nothing full that is not, and visit no tile in vain."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PATTERNS, Shape, drawn_cases, make_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_index import build
+
+from scfa_jax import BlockSizes, Tile, tiling
+
+
+def ordered_mask(index):
+    """The allowed pairs in sorted order, `[B, N, T, S]`, and the codes and ranges behind them."""
+    low, high, code = (np.asarray(x) for x in tiling.align_heads(index.low, index.high, index.key_code))
+    shape = np.broadcast_shapes(low.shape[:2], code.shape[:2])
+    low, high = (np.broadcast_to(x, (*shape, x.shape[-1])) for x in (low, high))
+    code = np.broadcast_to(code, (*shape, code.shape[-1]))
+    mask = (code[..., None, :] >= low[..., None]) & (code[..., None, :] <= high[..., None])
+    return mask, low, high, code
+
+
+def members(bounds, i, j):
+    """Which of tiles `j` are visited and which are full, by the bounds of tile `i`."""
+    start, full_start, full_stop, stop = bounds[i]
+    assert start <= full_start <= full_stop <= stop
+    return start <= j < stop, full_start <= j < full_stop
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_bounds_are_exact(pattern, data):
+    case = data.draw(drawn_cases(pattern, dtypes=(jnp.float32,)))
+    block_q, block_k = data.draw(st.sampled_from(((16, 16), (16, 32), (32, 16))))
+    index = build(pattern, case)
+    mask, low, high, code = ordered_mask(index)
+    by_query = np.asarray(tiling.key_tile_bounds(index, block_q, block_k))
+    by_key = np.asarray(tiling.query_tile_bounds(index, block_q, block_k))
+    batch, heads, query_length, key_length = mask.shape
+    shape = (batch, heads)
+    by_query, by_key = (np.broadcast_to(x, (*shape, *x.shape[2:])) for x in (by_query, by_key))
+    for b, n in np.ndindex(shape):
+        for i in range(-(-query_length // block_q)):
+            rows = slice(i * block_q, min((i + 1) * block_q, query_length))
+            least, most = low[b, n, rows].min(), high[b, n, rows].max()
+            for j in range(-(-key_length // block_k)):
+                columns = slice(j * block_k, (j + 1) * block_k)
+                allowed = mask[b, n, rows, columns]
+                is_whole = j * block_k + block_k <= key_length
+                codes = code[b, n, columns]
+                in_hull = least <= most and codes.max() >= least and codes.min() <= most
+                visited, full = members(by_query[b, n], i, j)
+                # Neither more nor less than the hull; what is full is allowed throughout.
+                assert visited == in_hull
+                assert full == (visited and is_whole and bool(allowed.all()) and index_full(low, high, codes, b, n, rows))
+                visited_by_key, full_by_key = members(by_key[b, n], j, i)
+                assert visited_by_key or not allowed.any()
+                assert not full_by_key or (allowed.all() and is_whole)
+                if index.ascending:
+                    assert visited_by_key == visited
+                    assert full_by_key == full
+
+
+def index_full(low, high, codes, b, n, rows):
+    """Whether every range of the tile spans all of its codes."""
+    return low[b, n, rows].max() <= codes.min() and codes.max() <= high[b, n, rows].min()
+
+
+def test_dropped_tiles_are_not_visited():
+    """Half the keys and queries kept: a quarter of the causal tiles, give or take the edges."""
+    case = make_case("keep", np.random.default_rng(0), Shape(1, 1024, 1024, 1, 1, 16), jnp.float32)
+    tiles = int(build("keep", case).stats(16, 16)["tiles"][0, 0])
+    causal = 64 * 65 // 2
+    assert tiles < 0.3 * causal
+
+
+def test_buckets_divide_the_tiles():
+    case = make_case("shared_hash", np.random.default_rng(0), Shape(1, 1024, 1024, 1, 1, 16), jnp.float32, kind="8")
+    tiles = int(build("hash", case).stats(16, 16)["tiles"][0, 0])
+    causal = 64 * 65 // 2
+    assert tiles < 0.25 * causal  # an eighth, and the tiles that two buckets share
+
+
+@pytest.mark.parametrize("sizes", [(24, 16), (16, 0), (8, 16), (16, 8)])
+def test_a_tile_must_be_a_power_of_two_of_at_least_16(sizes):
+    with pytest.raises(ValueError, match="block_q|block_k"):
+        Tile(*sizes)
+
+
+def test_tiles_shrink_to_short_sequences():
+    blocks = BlockSizes(Tile(128, 64), Tile(64, 64), Tile(16, 32)).fit(20, 3)
+    assert blocks == BlockSizes(Tile(32, 16), Tile(32, 16), Tile(16, 16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_default_tiles_fit_into_the_shared_memory_of_an_h100(head_dim, dtype, is_dense):
+    blocks = tiling.triton_block_sizes(head_dim, dtype, is_dense=is_dense)
+    row = (1 << (head_dim - 1).bit_length()) * jnp.dtype(dtype).itemsize
+    forward, dq, dkv = blocks.forward, blocks.dq, blocks.dkv
+    assert row * (forward.block_q + 2 * forward.num_stages * forward.block_k) <= 227 * 1024
+    assert row * (2 * dq.block_q + 2 * dq.num_stages * dq.block_k) <= 227 * 1024
+    assert row * (2 * dkv.block_k + 2 * dkv.num_stages * dkv.block_q) <= 227 * 1024

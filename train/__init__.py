@@ -1,0 +1,1 @@
+"""`python -m train`: trains the language model of `models` on text."""

@@ -65,9 +65,7 @@ class Transformer(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         normal = nnx.initializers.normal(0.02)
-        embed = functools.partial(
-            nnx.Embed, features=config.width, dtype=dtype, embedding_init=normal, rngs=rngs
-        )
+        embed = functools.partial(nnx.Embed, features=config.width, dtype=dtype, embedding_init=normal, rngs=rngs)
         self.embedding = embed(vocab_size)
         self.position = embed(max_length) if config.positions == "learned" else None
         self.blocks = nnx.List(
@@ -107,8 +105,7 @@ class Transformer(nnx.Module):
         if self.position is not None:
             if length > self.position.num_embeddings:
                 raise ValueError(
-                    f"tokens must be at most {self.position.num_embeddings} long with learned "
-                    f"positions, got {length}."
+                    f"tokens must be at most {self.position.num_embeddings} long with learned positions, got {length}."
                 )
             x = x + self.position(jnp.arange(length))
         call = _call_again if self.config.remat else _call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,7 @@ FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _OFFSET_LIMIT = 2**30  # far past any length, and such that adding a length stays within int32
 
 
-def attention_arrays(
-    query: jax.Array, key: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def attention_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Checks query, key and value against each other and adds a batch axis where they have none.
 
     Returns:
@@ -41,9 +40,7 @@ def attention_arrays(
         raise ValueError(f"query must have a head size of at least 1, got shape {query.shape}.")
     heads, key_heads = query.shape[2], key.shape[2]
     if heads == 0 or key_heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"key must have a number of heads that divides that of query, got {key_heads} and {heads}."
-        )
+        raise ValueError(f"key must have a number of heads that divides that of query, got {key_heads} and {heads}.")
     return query, key, value
 
 
@@ -83,10 +80,10 @@ def index_fits(index, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) 
             raise ValueError(f"{side} has {shape[2]} heads, but the index was built for {heads}.")
 
 
-def query_offset(offset: jax.Array | int) -> jax.Array:
+def query_offset(offset: Any) -> jax.Array:
     """Checks the position of the first query and returns it as int32 `[B or 1, 1, 1]`."""
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
-        offset = np.asarray(np.clip(offset, -_OFFSET_LIMIT, _OFFSET_LIMIT), np.int32)
+        return jnp.full((1, 1, 1), np.clip(offset, -_OFFSET_LIMIT, _OFFSET_LIMIT), jnp.int32)
     _check_array("query_offset", offset)
     if offset.dtype not in (jnp.int32, jnp.int16, jnp.int8):
         raise TypeError(f"query_offset must be an int or an int32 array, got {offset.dtype}.")

@@ -229,9 +229,7 @@ def sparse_attention(
     return _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual)
 
 
-def _sparse_attention(
-    query, key, value, index, scale, implementation, block_sizes, return_residual
-):
+def _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual):
     has_batch = getattr(query, "ndim", 4) == 4
     query, key, value = _checks.attention_arrays(query, key, value)
     _checks.index_fits(index, query.shape, key.shape)
@@ -266,8 +264,7 @@ def _choose(implementation: str | Sequence[str] | None, head_dim: int) -> str | 
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names or any(name not in IMPLEMENTATIONS for name in names):
         raise ValueError(
-            f"implementation must be one of {IMPLEMENTATIONS}, a sequence of them, or None, "
-            f"got {implementation!r}."
+            f"implementation must be one of {IMPLEMENTATIONS}, a sequence of them, or None, got {implementation!r}."
         )
     problems = []
     for name in names:
@@ -311,15 +308,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(
-    options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient
-):
+def _gradients(options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient):
     delta = jnp.einsum(
         "btnh,btnh->bnt", output.astype(jnp.float32), output_gradient.astype(jnp.float32)
     ) - logsumexp_gradient.swapaxes(1, 2)
-    return _by_platform(
-        options, _backward, query, key, value, index, logsumexp, output_gradient, delta
-    )
+    return _by_platform(options, _backward, query, key, value, index, logsumexp, output_gradient, delta)
 
 
 def _raise_on_second_derivative(*_):

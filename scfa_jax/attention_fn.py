@@ -26,9 +26,7 @@ def causal_attention_fn(*, implementation: Implementation = None) -> Callable[..
     Returns:
         A function of `query [..., T, N, H]`, `key`, `value [..., S, K, H]` and the keywords that Flax passes.
     """
-    return _for_flax(
-        lambda query, key, value: causal_attention(query, key, value, implementation=implementation)
-    )
+    return _for_flax(lambda query, key, value: causal_attention(query, key, value, implementation=implementation))
 
 
 def hash_attention_fn(

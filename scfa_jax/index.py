@@ -88,9 +88,7 @@ class SparseIndex:
         }
 
 
-def causal_index(
-    query_length: int, key_length: int, *, query_offset: jax.Array | int = 0
-) -> SparseIndex:
+def causal_index(query_length: int, key_length: int, *, query_offset: jax.Array | int = 0) -> SparseIndex:
     """Every query attends to all keys at or before its position.
 
     Args:
@@ -333,9 +331,7 @@ def _joint_rank_hash_index(
 
 def _run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
     """The (ascending) value where the run of equal ids began, for every element."""
-    begins = jnp.concatenate(
-        [jnp.ones_like(sorted_id[..., :1], bool), sorted_id[..., 1:] != sorted_id[..., :-1]], -1
-    )
+    begins = jnp.concatenate([jnp.ones_like(sorted_id[..., :1], bool), sorted_id[..., 1:] != sorted_id[..., :-1]], -1)
     return jax.lax.cummax(jnp.where(begins, value, 0), axis=value.ndim - 1)
 
 
@@ -389,6 +385,5 @@ def _check_sides(on_query: jax.Array, on_key: jax.Array, query_name: str, key_na
     heads, key_heads = on_query.shape[1], on_key.shape[1]
     if heads != 1 and (key_heads == 0 or heads % key_heads):
         raise ValueError(
-            f"{key_name} must have a number of heads that divides that of {query_name}, "
-            f"got {key_heads} and {heads}."
+            f"{key_name} must have a number of heads that divides that of {query_name}, got {key_heads} and {heads}."
         )

@@ -96,18 +96,12 @@ class CausalSelfAttention(nn.Module):
         if not self.layout.share_query_key:
             self.key = project(key_shape, kernel_init=self.kernel_init)
         self.value = project(key_shape, kernel_init=self.kernel_init)
-        self.out = project(
-            self.in_features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init
-        )
+        self.out = project(self.in_features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init)
         # Training needs no stored rotations: `{"params": ...}` alone is enough there.
-        if isinstance(self.sparsity, Hash) and (
-            self.is_initializing() or self.has_variable(COLLECTION, "rotations")
-        ):
+        if isinstance(self.sparsity, Hash) and (self.is_initializing() or self.has_variable(COLLECTION, "rotations")):
             self.rotations = self.variable(COLLECTION, "rotations", lambda: self._new_draw(1, 1)["rotations"])
 
-    def draw(
-        self, batch_size: int, length: int, *, deterministic: bool | None = None
-    ) -> dict[str, jax.Array]:
+    def draw(self, batch_size: int, length: int, *, deterministic: bool | None = None) -> dict[str, jax.Array]:
         """Draws what one call needs at random; pass it on as `module(x, **draw)`.
 
         Made before rematerialisation (`nn.remat`, `jax.checkpoint`), a draw is an input of what is computed

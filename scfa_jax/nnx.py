@@ -103,9 +103,7 @@ class CausalSelfAttention(nnx.Module):
         if not self.layout.share_query_key:
             self.key = project(in_features, key_shape, kernel_init=kernel_init)
         self.value = project(in_features, key_shape, kernel_init=kernel_init)
-        self.out = project(
-            query_shape, in_features, axis=(-2, -1), kernel_init=out_kernel_init or kernel_init
-        )
+        self.out = project(query_shape, in_features, axis=(-2, -1), kernel_init=out_kernel_init or kernel_init)
         if isinstance(sparsity, Hash):
             self.rotations = Rotations(self._new_draw(1, 1, rngs)["rotations"])
 

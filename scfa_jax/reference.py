@@ -88,9 +88,7 @@ def hash_mask(
     return same & causal
 
 
-def keep_mask(
-    query_keep: jax.Array, key_keep: jax.Array, *, query_offset: jax.Array | int = 0
-) -> jax.Array:
+def keep_mask(query_keep: jax.Array, key_keep: jax.Array, *, query_offset: jax.Array | int = 0) -> jax.Array:
     """True where query and key are both kept and the key is not later: bool `[B or 1, N or 1, T, S]`."""
     query_keep, key_keep = _match_heads(query_keep, key_keep)
     both = query_keep.swapaxes(1, 2)[..., :, None] & key_keep.swapaxes(1, 2)[..., None, :]
@@ -132,9 +130,7 @@ def hash_sparse_attention(
     return _finish(query, key, value, mask, scale, return_residual)
 
 
-def qk_sparse_attention(
-    query, key, value, query_keep, key_keep, *, query_offset=0, scale=None, return_residual=False
-):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, scale=None, return_residual=False):
     """Dense `scfa_jax.qk_sparse_attention`."""
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
     mask = keep_mask(query_keep, key_keep, query_offset=query_offset)

@@ -205,9 +205,7 @@ def attend(
         expected = (value.shape[2], query.shape[3])
         if rotations is None or rotations.ndim != 3 or rotations.shape[:2] != expected:
             got = None if rotations is None else rotations.shape
-            raise ValueError(
-                f"rotations must be [K, H, num_buckets // 2] with [K, H] = {expected}, got {got}."
-            )
+            raise ValueError(f"rotations must be [K, H, num_buckets // 2] with [K, H] = {expected}, got {got}.")
         group = query.shape[2] // value.shape[2]
         output = hash_sparse_attention(
             query,

@@ -52,9 +52,7 @@ def qk_sparse_attention(
     query_offset: Offset = 0,
     **options,
 ) -> Result:
-    result = scfa_jax.qk_sparse_attention(
-        query, key, value, query_keep, key_keep, query_offset=query_offset, **options
-    )
+    result = scfa_jax.qk_sparse_attention(query, key, value, query_keep, key_keep, query_offset=query_offset, **options)
     return _same_dtype(query, result)
 
 
@@ -67,9 +65,7 @@ def range_attention(
     key_stop: Int32[Array, "*#B #T #N"],
     **options,
 ) -> Result:
-    return _same_dtype(
-        query, scfa_jax.range_attention(query, key, value, key_start, key_stop, **options)
-    )
+    return _same_dtype(query, scfa_jax.range_attention(query, key, value, key_start, key_stop, **options))
 
 
 @checked

@@ -62,19 +62,14 @@ def by_hand(params, x, kind, draw, *, share=None, normalized=None, rotary=None):
     key_heads = value.shape[2]
     group = HEADS // key_heads
     if share:
-        key = jnp.stack(
-            [query[:, :, k * group : (k + 1) * group].mean(axis=2) for k in range(key_heads)], axis=2
-        )
+        key = jnp.stack([query[:, :, k * group : (k + 1) * group].mean(axis=2) for k in range(key_heads)], axis=2)
     else:
         key = project("key")
     unit_key = key / jnp.sqrt(jnp.sum(key**2, axis=-1, keepdims=True) + 1e-6)
     scored_key = unit_key if normalized else key
     if is_hash:
         query_hash = jnp.stack(
-            [
-                lsh_hash(query[:, :, n : n + 1], draw["rotations"][n // group][None])[..., 0]
-                for n in range(HEADS)
-            ],
+            [lsh_hash(query[:, :, n : n + 1], draw["rotations"][n // group][None])[..., 0] for n in range(HEADS)],
             axis=2,
         )
         output = reference.hash_sparse_attention(
@@ -109,9 +104,9 @@ class ModuleSpecification:
         case = self.make(KINDS[kind], num_key_value_heads=key_heads, **options)
         assert ("key" in case.params) == (not (share if share is not None else kind == "hash"))
         drawn = case.draw(SEED)
-        trained, evaluated = jax.jit(
-            lambda x: (case.apply(case.params, x, **drawn), case.apply(case.params, x))
-        )(tokens())
+        trained, evaluated = jax.jit(lambda x: (case.apply(case.params, x, **drawn), case.apply(case.params, x)))(
+            tokens()
+        )
         for got, draw in ((trained, drawn), (evaluated, case.kept)):
             expected = by_hand(case.params, tokens(), KINDS[kind], draw, share=share, normalized=normalized)
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -146,9 +141,7 @@ class ModuleSpecification:
         def step(params, x, seed):
             return jax.value_and_grad(lambda params: jnp.sum(case.apply(params, x, seed=seed) ** 2))(params)
 
-        losses, gradients = zip(
-            *(step(case.params, tokens(), jax.random.key(i)) for i in (0, 1, 2, 2)), strict=True
-        )
+        losses, gradients = zip(*(step(case.params, tokens(), jax.random.key(i)) for i in (0, 1, 2, 2)), strict=True)
         assert len(set(map(float, losses))) == 3
         assert losses[2] == losses[3]
         chex.assert_tree_all_finite(gradients)
@@ -159,8 +152,10 @@ class ModuleSpecification:
         assert case.kept["rotations"].shape == (HEADS, HEAD_DIM, 2)
         assert not np.array_equal(case.kept["rotations"], other.kept["rotations"])
         evaluated = case.apply(case.params, tokens())
-        np.testing.assert_array_equal(evaluated, case.apply(case.params, tokens()))
-        np.testing.assert_array_equal(evaluated, other.load(case.save(), tokens()))
+        # Another hash would change whole rows; what compiles apart may still round apart.
+        np.testing.assert_allclose(evaluated, case.apply(case.params, tokens()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(evaluated, other.load(case.save(), tokens()), rtol=1e-5, atol=1e-6)
+        assert not np.allclose(evaluated, case.load(other.save(), tokens()), rtol=1e-2)
 
     def test_evaluation_keeps_everything_unless_told_otherwise(self):
         dense, drop, always = (
@@ -235,9 +230,7 @@ class ModuleSpecification:
     @each_kind
     def test_rotary_positions_come_before_everything_else(self, kind):
         def rotary(x, positions):
-            return (
-                x * jnp.cos(positions)[..., None, None] + x[..., ::-1] * jnp.sin(positions)[..., None, None]
-            )
+            return x * jnp.cos(positions)[..., None, None] + x[..., ::-1] * jnp.sin(positions)[..., None, None]
 
         case = self.make(KINDS[kind], rotary=rotary)
         draw = case.draw(SEED)
@@ -329,19 +322,13 @@ class FactorySpecification:
             return reference.hash_sparse_attention(query, key, value, *hashes, exclude_self=exclude_self)
 
         options = {} if exclude_self else {"exclude_self": False}
-        outputs = [
-            self.attention(f)(tokens()) for f in (_named(dense), hash_attention_fn(rotations, **options))
-        ]
+        outputs = [self.attention(f)(tokens()) for f in (_named(dense), hash_attention_fn(rotations, **options))]
         np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
 
     def test_qk_attention_fn_equals_the_reference(self):
         query_keep, key_keep = jax.random.bernoulli(SEED, 0.6, (2, BATCH, LENGTH, HEADS))
-        dense = lambda query, key, value: reference.qk_sparse_attention(
-            query, key, value, query_keep, key_keep
-        )
-        outputs = [
-            self.attention(f)(tokens()) for f in (_named(dense), qk_attention_fn(query_keep, key_keep))
-        ]
+        dense = lambda query, key, value: reference.qk_sparse_attention(query, key, value, query_keep, key_keep)
+        outputs = [self.attention(f)(tokens()) for f in (_named(dense), qk_attention_fn(query_keep, key_keep))]
         np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
 
     def test_every_keyword_of_flax_is_named(self):

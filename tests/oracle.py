@@ -37,9 +37,7 @@ def attend(query, key, value, allows, output_cotangent, logsumexp_cotangent, sca
                 weights = np.exp(scores - logsumexp[b, t, n])
                 output[b, t, n] = weights @ values
                 cotangent = output_cotangent[b, t, n]
-                gradient = weights * (
-                    values @ cotangent - output[b, t, n] @ cotangent + logsumexp_cotangent[b, t, n]
-                )
+                gradient = weights * (values @ cotangent - output[b, t, n] @ cotangent + logsumexp_cotangent[b, t, n])
                 dquery[b, t, n] = scale * gradient @ keys
                 dkey[b, chosen, k] += scale * gradient[:, None] * q
                 dvalue[b, chosen, k] += weights[:, None] * cotangent

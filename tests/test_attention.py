@@ -1,90 +1,73 @@
 """Every operator, on every implementation: values, gradients, and what rows that take no part may not do."""
 
+from dataclasses import replace
+
 import checked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PATTERNS, SHAPES, SMALL_BLOCKS, Case, Shape, drawn_cases, make_case
+from cases import PATTERNS, SMALL_BLOCKS, Case, Shape, drawn_cases, make_case
 from conftest import HAS_GPU
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_plain, cotangents, results_and_gradients
 
 import scfa_jax
 from scfa_jax import BlockSizes, Tile, reference
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
 
 def options(implementation):
     return {"implementation": implementation, "block_sizes": SMALL_BLOCKS}
 
 
-def run(case: Case, implementation, seed=0, **more):
+def run(case: Case, implementation, **more):
     """Output, log-sum-exp and gradients for random cotangents."""
-    given = cotangents(np.random.default_rng(seed), case.query)
-    attend = lambda *qkv: case.attend(*qkv, **{**options(implementation), **more})
-    return jax.jit(lambda *a: results_and_gradients(attend, *a))(case.query, case.key, case.value, *given)
+    given = cotangents(np.random.default_rng(0), case.query)
+    return case.compiled(**options(implementation), **more)(case.query, case.key, case.value, *given)
+
+
+def check(case: Case, implementation, **more):
+    """Asserts that results and gradients are as exact as plain attention's."""
+    arrays = (case.query, case.key, case.value)
+    scale = more.get("scale")
+    assert_as_exact_as_plain(case.compiled(**{**options(implementation), **more}), *arrays, case.mask, scale=scale)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, data):
-    case = data.draw(drawn_cases(pattern))
-    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
-    rng = np.random.default_rng(1)
-    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+    check(data.draw(drawn_cases(pattern)), implementation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dense_causal_attention_of_every_shape(implementation, shape, dtype):
-    case = make_case("causal", np.random.default_rng(2), shape, dtype)
-    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
-    rng = np.random.default_rng(1)
-    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
-
-
-@pytest.mark.parametrize("head_dim", [16, 40, 72, 128, 136, 256])
+@pytest.mark.parametrize("head_dim", [16, 72, 256])
 def test_head_sizes(implementation, head_dim):
     shape = Shape(1, 40, 40, 1, 1, head_dim)
-    case = make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2")
-    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
-    rng = np.random.default_rng(1)
-    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+    check(make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2"), implementation)
 
 
-@pytest.mark.parametrize("head_dim", [1, 7, 12, 300])
+@pytest.mark.parametrize("head_dim", [1, 7, 300])
 def test_any_head_size_on_xla(head_dim):
     shape = Shape(1, 40, 40, 2, 1, head_dim)
-    case = make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2")
-    attend = lambda *qkv: case.attend(*qkv, **options("xla"))
-    rng = np.random.default_rng(1)
-    assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+    check(make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2"), "xla")
 
 
-@pytest.mark.parametrize("scale", [0.3, 1, -0.5, 0.0])
+@pytest.mark.parametrize("scale", [1, -0.5, 0.0])
 def test_scale_of_any_sign(implementation, scale):
-    case = make_case("hash", np.random.default_rng(3), Shape(), jnp.float32)
-    attend = lambda *qkv: case.attend(*qkv, scale=scale, **options(implementation))
-    arguments = (case.query, case.key, case.value, case.mask, np.random.default_rng(1))
-    assert_as_exact_as_plain(attend, *arguments, scale=scale)
+    check(make_case("hash", np.random.default_rng(3), Shape(), jnp.float32), implementation, scale=scale)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "hash", "range"])
 def test_large_scores_do_not_overflow(implementation, pattern):
     case = make_case(pattern, np.random.default_rng(4), Shape(), jnp.float32)
-    arguments = (case.query * 40, case.key * 40, case.value, case.mask, np.random.default_rng(1))
-    assert_as_exact_as_plain(lambda *qkv: case.attend(*qkv, **options(implementation)), *arguments)
+    check(replace(case, query=case.query * 40, key=case.key * 40), implementation)
 
 
 def test_default_block_sizes(implementation):
     for pattern in ("causal", "hash", "range"):
         case = make_case(pattern, np.random.default_rng(5), Shape(1, 150, 170, 2, 1, 16), jnp.bfloat16)
-        attend = lambda *qkv, case=case: case.attend(*qkv, implementation=implementation)
-        rng = np.random.default_rng(1)
-        assert_as_exact_as_plain(attend, case.query, case.key, case.value, case.mask, rng)
+        check(case, implementation, block_sizes=None)
 
 
 def test_two_buckets_in_one_tile_of_keys(implementation):
@@ -95,22 +78,18 @@ def test_two_buckets_in_one_tile_of_keys(implementation):
     key_hash = jnp.asarray(rng.permutation(ids))[None, :, None]
     query, key, value = (jnp.asarray(rng.normal(size=(1, 768, 1, 16)), jnp.float32) for _ in range(3))
     for exclude_self in (False, True):
-        mask = reference.hash_mask(query_hash, key_hash, exclude_self=exclude_self)
+        case = Case(
+            query,
+            key,
+            value,
+            reference.hash_mask(query_hash, key_hash, exclude_self=exclude_self),
+            checked.hash_sparse_attention,
+            reference.hash_sparse_attention,
+            (query_hash, key_hash),
+            {"exclude_self": exclude_self},
+        )
         for size in (32, 128):
-            blocks = BlockSizes(Tile(size, size), Tile(size, size), Tile(size, size))
-
-            def attend(*qkv, blocks=blocks, exclude_self=exclude_self):
-                return checked.hash_sparse_attention(
-                    *qkv,
-                    query_hash,
-                    key_hash,
-                    exclude_self=exclude_self,
-                    implementation=implementation,
-                    block_sizes=blocks,
-                    return_residual=True,
-                )
-
-            assert_as_exact_as_plain(attend, query, key, value, mask, np.random.default_rng(1))
+            check(case, implementation, block_sizes=BlockSizes(*(Tile(size, size),) * 3))
 
 
 STRANDED = {
@@ -143,16 +122,15 @@ def test_stranded_queries_give_exact_zeros(implementation, name):
         assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pattern", ["hash", "keep", "range", "causal"])
-def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped, poison):
+def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped):
     """NaN or inf in unseen keys and values, in stranded queries and in their cotangents changes no bit."""
     shape = Shape(1, 60, 70, 2, 1 if grouped else 2, 16)
     more = {
         "hash": {"kind": "4", "exclude_self": True},
         "keep": {"query_density": 0.6, "key_density": 0.4},
-        "range": {"longest": 0.3},
+        "range": {"longest": 0.02},
         "causal": {"offset": -3},
     }[pattern]
     case = make_case(pattern, np.random.default_rng(8), shape, jnp.float32, **more)
@@ -163,13 +141,16 @@ def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped, po
     assert stranded.any()
     assert unseen.any()
     given = cotangents(np.random.default_rng(0), case.query)
-    attend = lambda *qkv: case.attend(*qkv, **options(implementation))
 
-    def results(query, key, value, output_cotangent, logsumexp_cotangent):
-        (output, logsumexp), pull = jax.vjp(attend, query, key, value)
-        return output, logsumexp, *pull((output_cotangent, logsumexp_cotangent))
+    def results_of(attend):
+        def results(query, key, value, output_cotangent, logsumexp_cotangent):
+            # Not `results_and_gradients`: the cotangents of stranded queries are to be poisoned too.
+            (output, logsumexp), pull = jax.vjp(attend, query, key, value)
+            return output, logsumexp, *pull((output_cotangent, logsumexp_cotangent))
 
-    # Poison for the rows at hand; any value for the comparison, as long as it is finite.
+        return jax.jit(results)
+
+    # Poison for the rows at hand; any finite value for the comparison.
     spoil = lambda x, rows, by: jnp.where(rows.reshape(*rows.shape, *(1,) * (x.ndim - 3)), by, x)
 
     def spoiled(by):
@@ -181,12 +162,14 @@ def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped, po
             spoil(given[1], stranded, by),
         )
 
-    for x, y in zip(jax.jit(results)(*spoiled(poison)), jax.jit(results)(*spoiled(0.5)), strict=True):
-        np.testing.assert_array_equal(x, y)
-    dense = lambda *qkv: case.dense(*qkv, *case.pattern, **case.options, return_residual=True)
-    attend = dense
-    for x in jax.jit(results)(*spoiled(poison))[2:]:
-        assert np.isfinite(x).all()
+    ours = results_of(lambda *qkv: case.attend(*qkv, **options(implementation)))
+    dense = results_of(lambda *qkv: case.dense(*qkv, *case.pattern, **case.options, return_residual=True))
+    for attend in (ours, dense):
+        clean = attend(*spoiled(0.5))
+        for poison in (np.nan, np.inf):
+            for x, y in zip(attend(*spoiled(poison)), clean, strict=True):
+                np.testing.assert_array_equal(x, y)
+                assert not np.isnan(x).any()
 
 
 def test_nan_in_a_row_that_takes_part_is_not_hidden(implementation):
@@ -203,7 +186,7 @@ def test_reruns_give_the_same_bits(implementation, pattern):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 9), (9, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (1, 9), (9, 1)], ids=str)
 @pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
 def test_empty_and_single_sequences(implementation, pattern, lengths):
     case = make_case(pattern, np.random.default_rng(11), Shape(2, *lengths, 2, 2, 16), jnp.float32)
@@ -237,7 +220,7 @@ def test_without_a_batch_axis(implementation, pattern):
     np.testing.assert_array_equal(logsumexp, want_logsumexp[0])
 
 
-@pytest.mark.parametrize("axes", [(1,), (2,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("axes", [(1,), (0, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("pattern", ["hash", "keep", "range"])
 def test_axes_of_one_broadcast(implementation, pattern, axes):
     case = make_case(pattern, np.random.default_rng(13), Shape(2, 40, 40, 2, 2, 16), jnp.float32)
@@ -269,9 +252,7 @@ def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
 def test_one_offset_for_each_batch_element(implementation):
     case = make_case("causal", np.random.default_rng(15), Shape(3, 20, 40, 2, 2, 16), jnp.float32)
     offsets = jnp.array([0, 20, -30], jnp.int32)
-    got = checked.causal_attention(
-        case.query, case.key, case.value, query_offset=offsets, **options(implementation)
-    )
+    got = checked.causal_attention(case.query, case.key, case.value, query_offset=offsets, **options(implementation))
     for b, offset in enumerate((0, 20, -30)):
         one = [x[b : b + 1] for x in (case.query, case.key, case.value)]
         want = reference.causal_attention(*one, query_offset=offset)
@@ -306,9 +287,7 @@ def test_merging_disjoint_key_sets_through_the_residual(implementation):
 
     def merged(query, key, value):
         parts = [
-            checked.range_attention(
-                query, key, value, *ends, return_residual=True, **options(implementation)
-            )
+            checked.range_attention(query, key, value, *ends, return_residual=True, **options(implementation))
             for ends in ((start, middle), (middle, stop))
         ]
         weights = jax.nn.softmax(jnp.maximum(jnp.stack([lse for _, lse in parts]), -1e30), axis=0)
@@ -329,7 +308,9 @@ def test_one_index_serves_many_calls(implementation):
     want = scfa_jax.hash_sparse_attention(
         case.query, case.key, case.value, *case.pattern, exclude_self=True, **options(implementation)
     )
-    attend = jax.jit(lambda q, index: scfa_jax.sparse_attention(q, case.key, case.value, index, **options(implementation)))
+    attend = jax.jit(
+        lambda q, index: scfa_jax.sparse_attention(q, case.key, case.value, index, **options(implementation))
+    )
     np.testing.assert_array_equal(attend(case.query, index), want)
 
 
@@ -349,7 +330,7 @@ def test_float32_is_exact_to_float32_whatever_the_default_precision(implementati
 
 
 def test_under_x64(implementation):
-    case = make_case("hash", np.random.default_rng(20), Shape(), jnp.float32, promise=True)
+    case = make_case("hash", np.random.default_rng(20), Shape(), jnp.float32, promise=4)
     want = run(case, implementation)
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         got = run(case, implementation)

@@ -26,7 +26,11 @@ BAD = {
     "key of another rank": (lambda: causal(key=X[0], value=X[0]), ValueError, ["key", "rank"]),
     "value of another shape": (lambda: causal(value=X[:, :4]), ValueError, ["value", r"\(2, 4, 4, 16\)"]),
     "key of another batch size": (lambda: causal(key=X[:1], value=X[:1]), ValueError, ["key", "batch", "1"]),
-    "key of another head size": (lambda: causal(key=X[..., :8], value=X[..., :8]), ValueError, ["key", "8", "16"]),
+    "key of another head size": (
+        lambda: causal(key=X[..., :8], value=X[..., :8]),
+        ValueError,
+        ["key", "8", "16"],
+    ),
     "heads that do not divide": (
         lambda: causal(key=X[:, :, :3], value=X[:, :, :3]),
         ValueError,
@@ -38,7 +42,11 @@ BAD = {
     "integers": (lambda: causal(*(X.astype(jnp.int32),) * 3), TypeError, ["query", "int32", "float32"]),
     "mixed dtypes": (lambda: causal(key=X.astype(jnp.bfloat16)), TypeError, ["key", "bfloat16", "float32"]),
     "no array": (lambda: causal(query=[1.0]), TypeError, ["query", "list"]),
-    "unknown implementation": (lambda: causal(implementation="cuda"), ValueError, ["implementation", "cuda", "xla"]),
+    "unknown implementation": (
+        lambda: causal(implementation="cuda"),
+        ValueError,
+        ["implementation", "cuda", "xla"],
+    ),
     "empty sequence of implementations": (lambda: causal(implementation=()), ValueError, ["implementation"]),
     "head size that Triton lacks": (
         lambda: causal(*(X[..., :12],) * 3, implementation="triton_interpret"),
@@ -53,11 +61,19 @@ BAD = {
     "offset of another batch": (lambda: causal(query_offset=IDS[0, :3, 0]), ValueError, ["batch", "3", "2"]),
     "float hashes": (lambda: hashed(IDS.astype(jnp.float32)), TypeError, ["query_hash", "float32", "int32"]),
     "unsigned hashes": (lambda: hashed(IDS.astype(jnp.uint32)), TypeError, ["query_hash", "uint32", "int32"]),
-    "64-bit hashes": (lambda: hashed(np.zeros(IDS.shape, np.int64)), TypeError, ["query_hash", "int64", "int32"]),
+    "64-bit hashes": (
+        lambda: hashed(np.zeros(IDS.shape, np.int64)),
+        TypeError,
+        ["query_hash", "int64", "int32"],
+    ),
     "boolean hashes": (lambda: hashed(key_hash=KEEP), TypeError, ["key_hash", "bool", "int32"]),
     "hash of rank 1": (lambda: hashed(IDS[0, 0]), ValueError, ["query_hash", r"\(4,\)"]),
     "hash of another length": (lambda: hashed(IDS[:, :5]), ValueError, ["query_hash", "8", r"\(2, 5, 4\)"]),
-    "hash of another batch size": (lambda: hashed(jnp.zeros((3, 8, 4), jnp.int32)), ValueError, ["batch", "3"]),
+    "hash of another batch size": (
+        lambda: hashed(jnp.zeros((3, 8, 4), jnp.int32)),
+        ValueError,
+        ["batch", "3"],
+    ),
     "hash of other heads": (lambda: hashed(IDS[..., :3]), ValueError, ["heads", "3"]),
     "one hash for unequal sides": (
         lambda: hashed(IDS, None, key=X[:, :4]),
@@ -66,7 +82,11 @@ BAD = {
     ),
     "no buckets": (lambda: hashed(num_buckets=0), ValueError, ["num_buckets", "0"]),
     "traced buckets": (lambda: hashed(num_buckets=jnp.int32(4)), TypeError, ["num_buckets"]),
-    "keep of integers": (lambda: scfa_jax.qk_sparse_attention(X, X, X, IDS, KEEP), TypeError, ["query_keep", "int32"]),
+    "keep of integers": (
+        lambda: scfa_jax.qk_sparse_attention(X, X, X, IDS, KEEP),
+        TypeError,
+        ["query_keep", "int32"],
+    ),
     "keep of another length": (
         lambda: scfa_jax.qk_sparse_attention(X, X, X, KEEP, KEEP[:, :3]),
         ValueError,

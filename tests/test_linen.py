@@ -65,9 +65,7 @@ class TestCausalSelfAttention(ModuleSpecification):
             apply=jax.jit(apply),
             draw=draw,
             save=lambda: flax.serialization.to_bytes(variables),
-            load=lambda saved, x: module.apply(
-                flax.serialization.from_bytes(variables, saved), x, deterministic=True
-            ),
+            load=lambda saved, x: module.apply(flax.serialization.from_bytes(variables, saved), x, deterministic=True),
         )
 
 
@@ -89,9 +87,7 @@ class TestFactories(FactorySpecification):
             module.apply(variables, tokens()[:, :1], mutable=["cache"])
 
     def test_custom_einsums_raise(self):
-        options = dict.fromkeys(
-            ("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), lambda: jnp.einsum
-        )
+        options = dict.fromkeys(("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), lambda: jnp.einsum)
         with pytest.raises(NotImplementedError, match="qk_attn_weights_einsum must be None"):
             self.attention(causal_attention_fn(), **options)(tokens())
 
@@ -139,9 +135,7 @@ def test_a_missing_stream_raises(kind):
 def test_training_needs_no_kept_rotations_but_evaluation_does():
     module = layer(KINDS["hash"])
     params = {"params": initialised(module)["params"]}
-    assert (
-        module.apply(params, tokens(), deterministic=False, rngs={"sparsity": SEED}).shape == tokens().shape
-    )
+    assert module.apply(params, tokens(), deterministic=False, rngs={"sparsity": SEED}).shape == tokens().shape
     with pytest.raises(ValueError, match="variables must have the collection 'sparsity'"):
         module.apply(params, tokens(), deterministic=True)
 

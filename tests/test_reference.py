@@ -58,9 +58,7 @@ def test_reference_equals_float64_loops(pattern, options, shape):
     def attend(query, key, value):
         return case.dense(query, key, value, *case.pattern, **case.options, scale=scale, return_residual=True)
 
-    got = results_and_gradients(
-        attend, case.query, case.key, case.value, *(jnp.asarray(x, jnp.float32) for x in given)
-    )
+    got = results_and_gradients(attend, case.query, case.key, case.value, *(jnp.asarray(x, jnp.float32) for x in given))
     for name, x, y in zip(NAMES, got, want, strict=True):
         # float32 sums of at most ten terms of order one
         np.testing.assert_allclose(x, y, rtol=3e-6, atol=3e-6, err_msg=name)

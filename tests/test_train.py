@@ -129,9 +129,7 @@ def test_a_run_leaves_its_record_a_plot_a_sample_and_a_checkpoint(start, tmp_pat
     held_out = [record for record in records(folder) if "held_out_loss" in record]
     assert [record["step"] for record in held_out] == [0, 8, 9]
     assert held_out[0]["held_out_bits_per_byte"] == pytest.approx(8, rel=0.03)
-    assert held_out[0]["held_out_bits_per_byte"] == pytest.approx(
-        held_out[0]["held_out_loss"] / np.log(2), rel=1e-6
-    )
+    assert held_out[0]["held_out_bits_per_byte"] == pytest.approx(held_out[0]["held_out_loss"] / np.log(2), rel=1e-6)
     assert {"loss", "bits_per_byte", "tokens_per_second", "seconds"} <= records(folder)[1].keys()
     said = capsys.readouterr().out
     assert "stopped as asked at step 9" in said
@@ -142,7 +140,12 @@ def test_a_run_leaves_its_record_a_plot_a_sample_and_a_checkpoint(start, tmp_pat
     assert main(["--resume", "--lr", "0.5", "--width=32"]) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
-    for part in (str(Path("runs/text-dense/config.json")), "--lr (0.01 there, 0.5 here)", "--width", "--resume"):
+    for part in (
+        str(Path("runs/text-dense/config.json")),
+        "--lr (0.01 there, 0.5 here)",
+        "--width",
+        "--resume",
+    ):
         assert part in complaint
     assert start(attention="dense", out=folder) == 2
     assert "already holds a run. Add --resume" in capsys.readouterr().err

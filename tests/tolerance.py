@@ -42,9 +42,7 @@ def plain_attention(query, key, value, mask, *, scale=None):
 
 def summed_terms(query, key, value, mask, output_cotangent, logsumexp_cotangent, *, scale=None):
     """The largest sum of absolute terms in each of the results: what rounding errors are relative to."""
-    query, key, value, cotangent = (
-        np.asarray(x, np.float64) for x in (query, key, value, output_cotangent)
-    )
+    query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, output_cotangent))
     heads, key_heads = query.shape[2], key.shape[2]
     group = heads // key_heads
     key, value = (np.repeat(x, group, axis=2) for x in (key, value))
@@ -80,15 +78,28 @@ def cotangents(rng: np.random.Generator, query):
     return output, jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32)
 
 
-def assert_as_exact_as_plain(attend, query, key, value, mask, rng, *, scale=None):
-    """Asserts the rule for the output, the log-sum-exp and all gradients of `attend(query, key, value)`."""
-    given = cotangents(rng, query)
-    dense = partial(reference.attention, mask=mask, scale=scale)
-    plain = partial(plain_attention, mask=mask, scale=scale)
+@partial(jax.jit, static_argnames=("attend", "scale"))
+def _dense_results(attend, query, key, value, mask, output_cotangent, logsumexp_cotangent, scale):
+    dense = lambda *qkv: attend(*qkv, mask, scale=scale)
+    return results_and_gradients(dense, query, key, value, output_cotangent, logsumexp_cotangent)
+
+
+def assert_as_exact_as_plain(results, query, key, value, mask, *, scale=None):
+    """Asserts the rule for an operator's output, log-sum-exp and all gradients.
+
+    Args:
+        results: Function of query, key, value and two cotangents, as from `Case.compiled`.
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, H]`.
+        mask: bool `[B or 1, N or 1, T, S]`.
+        scale: Factor of the scores.
+    """
+    given = cotangents(np.random.default_rng(1), query)
     wide = tuple(x.astype(jnp.float32) for x in (query, key, value))
-    got = jax.jit(partial(results_and_gradients, attend))(query, key, value, *given)
-    want = jax.jit(partial(results_and_gradients, dense))(*wide, *given)
-    rough = jax.jit(partial(results_and_gradients, plain))(query, key, value, *given)
+    got = results(query, key, value, *given)
+    want = _dense_results(reference.attention, *wide, mask, *given, scale)
+    rough = _dense_results(plain_attention, query, key, value, mask, *given, scale)
     terms = summed_terms(query, key, value, mask, *given, scale=scale)
     rounding = float(jnp.finfo(query.dtype).eps)
     for name, x, exact, rougher, term in zip(NAMES, got, want, rough, terms, strict=True):
@@ -96,9 +107,7 @@ def assert_as_exact_as_plain(attend, query, key, value, mask, rng, *, scale=None
         assert x.shape == exact.shape, name
         empty = np.isneginf(exact)
         np.testing.assert_array_equal(np.isneginf(x), empty, err_msg=f"{name}: other rows are empty")
-        error, allowed = (
-            float(np.max(np.abs(y[~empty] - exact[~empty]), initial=0.0)) for y in (x, rougher)
-        )
+        error, allowed = (float(np.max(np.abs(y[~empty] - exact[~empty]), initial=0.0)) for y in (x, rougher))
         # The reference itself is rounded in float32.
         floor = (rounding + float(jnp.finfo(jnp.float32).eps)) * term
         assert np.isfinite(x[~empty]).all(), f"{name} is not finite"

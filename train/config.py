@@ -142,9 +142,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise TrainError(
-            f"{folder} holds no run: {path} is missing. Name the run's folder with --out."
-        ) from None
+        raise TrainError(f"{folder} holds no run: {path} is missing. Name the run's folder with --out.") from None
     except (OSError, ValueError) as error:
         raise TrainError(f"{path} cannot be read ({error}). Start a new run without --resume.") from None
     return record
@@ -193,9 +191,7 @@ def new_run_folder(config: Config) -> Path:
     if config.run.out:
         folder = Path(config.run.out)
         if (folder / CONFIG_FILE).exists():
-            raise TrainError(
-                f"{folder} already holds a run. Add --resume to continue it, or choose another --out."
-            )
+            raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
         return folder
     text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0]
     name = f"{text}-{config.model.attention.replace(',', '-').replace(' ', '')}"

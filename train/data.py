@@ -161,9 +161,7 @@ def _read_file(path: Path) -> list[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TrainError(f"{path} is not a whole gzip file ({error}). Fetch it again or unpack it.") from None
     except OSError as error:
-        raise TrainError(
-            f"{path} cannot be read ({error.strerror}). Name another file with --data."
-        ) from None
+        raise TrainError(f"{path} cannot be read ({error.strerror}). Name another file with --data.") from None
     inner = path.with_suffix("") if path.suffix == ".gz" else path
     return _json_lines(path, content) if inner.suffix in JSON_LINES else [content]
 
@@ -178,13 +176,9 @@ def _json_lines(path: Path, content: bytes) -> list[bytes]:
             # Lone surrogates are legal in JSON but not in UTF-8.
             documents.append(text.encode("utf-8", "replace"))
         except ValueError as error:
-            raise TrainError(
-                f"{path} line {number}: not valid JSON ({error}). Mend or remove the line."
-            ) from None
+            raise TrainError(f"{path} line {number}: not valid JSON ({error}). Mend or remove the line.") from None
         except (AttributeError, KeyError, TypeError):
-            raise TrainError(
-                f'{path} line {number}: no "text" key with a string. Mend or remove the line.'
-            ) from None
+            raise TrainError(f'{path} line {number}: no "text" key with a string. Mend or remove the line.') from None
     return documents
 
 
@@ -203,8 +197,6 @@ def _standard_library() -> tuple[str, list[bytes]]:
     try:
         documents = [(root / name).read_bytes() for name in chosen]
     except OSError as error:
-        raise TrainError(
-            f"{error.filename} cannot be read ({error.strerror}). Name a text file with --data."
-        ) from None
+        raise TrainError(f"{error.filename} cannot be read ({error.strerror}). Name a text file with --data.") from None
     size = sum(map(len, documents))
     return f"Python {version} standard library, {len(chosen)} files, {size:,} bytes", documents

@@ -87,9 +87,7 @@ def _open_folder(config: Config, corpus: Corpus) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(folder, config, _facts(corpus))
     except OSError as error:
-        raise TrainError(
-            f"{folder} cannot be written ({error.strerror}). Choose another folder with --out."
-        ) from None
+        raise TrainError(f"{folder} cannot be written ({error.strerror}). Choose another folder with --out.") from None
     return folder
 
 

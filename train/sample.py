@@ -68,9 +68,7 @@ def _continue(
         context = jax.lax.dynamic_slice(text, (first,), (window,))
         features = transformer.features(context[None])[0, place - 1 - first]
         logits = transformer.logits(features)
-        drawn = jax.random.categorical(
-            jax.random.fold_in(base_key, place), logits / jnp.maximum(temperature, 1e-6)
-        )
+        drawn = jax.random.categorical(jax.random.fold_in(base_key, place), logits / jnp.maximum(temperature, 1e-6))
         token = jnp.where(temperature > 0, drawn, logits.argmax())
         return text.at[place].set(token.astype(text.dtype))
 

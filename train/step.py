@@ -91,9 +91,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.fixed), loss
 
 
-def eval_step(
-    model: LanguageModel, params: Any, fixed: Any, batch: jax.Array, weights: jax.Array
-) -> jax.Array:
+def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: jax.Array, weights: jax.Array) -> jax.Array:
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
     logits = model.merge(params, fixed)(batch[:, :-1])
     return (_cross_entropy(logits, batch[:, 1:]).sum(axis=1) * weights).sum()

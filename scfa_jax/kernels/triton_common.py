@@ -83,4 +83,3 @@ def padded_head_spec(shape: tuple[int, ...], grid_axis: int) -> pl.BlockSpec:
     """Gives a program all rows and heads of its batch element, with columns up to a power of two."""
     block = (None, *shape[1:-1], pl.next_power_of_2(shape[-1]))
     return pl.BlockSpec(block, lambda *program: (program[grid_axis], 0, 0, 0))
-

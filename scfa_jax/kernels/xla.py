@@ -33,7 +33,7 @@ def forward(
     Returns:
         The output `[B, T, N, H]` and the natural log-sum-exp, float32 `[B, N, T]`.
     """
-    batch, query_length, num_heads, _ = query.shape
+    batch, _, num_heads, _ = query.shape
     bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
     group = num_heads // key.shape[2]
     sign, scale2 = tile.split_scale(scale)
@@ -83,9 +83,7 @@ def backward(
         head = _Head.read(index, bounds, b, n, num_heads, block)
         lse = head.query_vector(logsumexp[b, n], jnp.inf)
         has_key = lse != -jnp.inf
-        queries, cotangents = (
-            _silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output_gradient)
-        )
+        queries, cotangents = (_silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output_gradient))
         keys, values = (head.sorted_keys(x[b, :, n // group]) for x in (key, value))
 
         def one_tile(keys_gradient, tile_inputs):
@@ -105,13 +103,25 @@ def backward(
                 )
                 weights, score_gradient = (x.astype(rows.dtype) for x in (weights, score_gradient))
                 dq += _dot(score_gradient, key_tile)
-                return dq, head.add(dk, j, _dot(score_gradient.T, rows)), head.add(dv, j, _dot(weights.T, cotangent))
+                return (
+                    dq,
+                    head.add(dk, j, _dot(score_gradient.T, rows)),
+                    head.add(dv, j, _dot(weights.T, cotangent)),
+                )
 
             dq = jnp.zeros(rows.shape, jnp.float32)
             dq, *keys_gradient = tile.walk(tuple(bounds), visit, (dq, *keys_gradient))
             return tuple(keys_gradient), dq * scale
 
-        inputs = (queries, cotangents, lse, head.query_vector(delta[b, n], 0), head.low, head.high, head.bounds)
+        inputs = (
+            queries,
+            cotangents,
+            lse,
+            head.query_vector(delta[b, n], 0),
+            head.low,
+            head.high,
+            head.bounds,
+        )
         keys_gradient, dq = jax.lax.scan(one_tile, keys_gradient, inputs)
         return keys_gradient, head.original_queries(dq).astype(query.dtype)
 
@@ -124,7 +134,11 @@ def backward(
             jnp.arange(group, dtype=jnp.int32),
         )
         head = _Head.read(index, bounds, b, k * group, num_heads, block)
-        return dq, head.original_keys(dk * scale).astype(key.dtype), head.original_keys(dv).astype(value.dtype)
+        return (
+            dq,
+            head.original_keys(dk * scale).astype(key.dtype),
+            head.original_keys(dv).astype(value.dtype),
+        )
 
     dq, dk, dv = _over(batch, key_heads, one_key_head)
     dq = dq.reshape(batch, num_heads, *dq.shape[3:])

@@ -1,0 +1,162 @@
+"""What only a GPU can show: compiled kernels at their default tiles, long sequences, every head size, speed."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PATTERNS, Shape, arrays, bucket_ids, make_case
+from tolerance import NAMES, assert_as_exact_as_plain, cotangents, plain_attention, results_and_gradients
+
+import scfa_jax
+from scfa_jax import reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_default_tiles_at_every_head_size(pattern, head_dim, dtype):
+    case = make_case(pattern, np.random.default_rng(head_dim), Shape(1, 515, 640, 4, 2, head_dim), dtype)
+    results = case.compiled(implementation="triton")
+    assert_as_exact_as_plain(results, case.query, case.key, case.value, case.mask)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("pattern", ["causal", "hash", "range"])
+def test_float32_has_a_relative_error_below_1e_5(pattern, head_dim):
+    case = make_case(pattern, np.random.default_rng(head_dim), Shape(1, 700, 700, 2, 2, head_dim), jnp.float32)
+    given = cotangents(np.random.default_rng(0), case.query)
+    attend = partial(case.attend, implementation="triton")
+    got = jax.jit(partial(results_and_gradients, attend))(case.query, case.key, case.value, *given)
+    with jax.enable_x64(True):
+        wide = (x.astype(jnp.float64) for x in (case.query, case.key, case.value))
+        dense = lambda *qkv: reference.attention(*qkv, case.mask)
+        want = [np.asarray(x) for x in jax.jit(partial(results_and_gradients, dense))(*wide, *given)]
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        x = np.where(np.isfinite(y), np.asarray(x, np.float64), 0)
+        y = np.where(np.isfinite(y), y, 0)
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name
+
+
+def long_problem(pattern: str, length: int, rng):
+    """An operator's extra arguments at a length, and the rows `[start, start + size)` of its mask."""
+    tokens = (1, length, 2)
+    if pattern == "causal":
+        operator, extra, options = scfa_jax.causal_attention, (), {}
+        rows = lambda start, size: reference.causal_mask(size, length, start)
+    elif pattern == "hash":
+        ids = tuple(jnp.asarray(bucket_ids(rng, tokens, "16")) for _ in range(2))
+        operator, extra, options = scfa_jax.hash_sparse_attention, ids, {"num_buckets": 16}
+        rows = lambda start, size: reference.hash_mask(_rows(ids[0], start, size), ids[1], query_offset=start)
+    elif pattern == "skewed_hash":
+        ids = tuple(jnp.asarray(bucket_ids(rng, tokens, "zipf")) for _ in range(2))
+        operator, extra, options = scfa_jax.hash_sparse_attention, ids, {}
+        rows = lambda start, size: reference.hash_mask(_rows(ids[0], start, size), ids[1], query_offset=start)
+    elif pattern == "keep":
+        keep = tuple(jnp.asarray(rng.random(tokens) < 0.5) for _ in range(2))
+        operator, extra, options = scfa_jax.qk_sparse_attention, keep, {}
+        rows = lambda start, size: reference.keep_mask(_rows(keep[0], start, size), keep[1], query_offset=start)
+    else:
+        begin = jnp.asarray(rng.integers(0, length, tokens), jnp.int32)
+        end = begin + jnp.asarray(rng.integers(-100, 1000, tokens), jnp.int32)
+        operator, extra, options = scfa_jax.range_attention, (begin, end), {}
+        rows = lambda start, size: reference.range_mask(_rows(begin, start, size), _rows(end, start, size), length)
+    return operator, extra, options, rows
+
+
+def _rows(x, start, size):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def in_blocks(attend, mask_rows, query, key, value, output_cotangent, logsumexp_cotangent, size=512):
+    """Results and gradients of a dense definition, a block of rows at a time."""
+
+    def block(carry, start):
+        inputs = (_rows(x, start, size) for x in (query, output_cotangent, logsumexp_cotangent))
+        rows, *given = inputs
+        dense = partial(attend, mask=mask_rows(start, size))
+        output, logsumexp, dquery, dkey, dvalue = results_and_gradients(dense, rows, key, value, *given)
+        carry = (carry[0] + dkey.astype(jnp.float32), carry[1] + dvalue.astype(jnp.float32))
+        return carry, (output, logsumexp, dquery)
+
+    zeros = jnp.zeros(key.shape, jnp.float32)
+    starts = jnp.arange(0, query.shape[1], size, dtype=jnp.int32)
+    gradients, blocks = jax.lax.scan(block, (zeros, zeros), starts)
+    joined = [jnp.moveaxis(x, 0, 1).reshape(1, -1, *x.shape[3:]) for x in blocks]
+    return (*joined, *gradients)
+
+
+@pytest.mark.parametrize("length", [32_768, 65_536])
+@pytest.mark.parametrize("pattern", ["causal", "hash", "skewed_hash", "keep", "range"])
+def test_long_sequences(pattern, length):
+    rng = np.random.default_rng(length)
+    query, key, value = arrays(rng, Shape(1, length, length, 2, 2, 64), jnp.bfloat16)
+    given = cotangents(rng, query)
+    operator, extra, options, mask_rows = long_problem(pattern, length, rng)
+    attend = lambda *qkv: operator(*qkv, *extra, **options, implementation="triton", return_residual=True)
+    got = jax.jit(partial(results_and_gradients, attend))(query, key, value, *given)
+    wide = tuple(x.astype(jnp.float32) for x in (query, key, value))
+    want = jax.jit(partial(in_blocks, reference.attention, mask_rows))(*wide, *given)
+    rough = jax.jit(partial(in_blocks, plain_attention, mask_rows))(query, key, value, *given)
+    for name, x, exact, rougher in zip(NAMES, got, want, rough, strict=True):
+        x, exact, rougher = (np.asarray(y, np.float32) for y in (x, exact, rougher))
+        empty = np.isneginf(exact)
+        np.testing.assert_array_equal(np.isneginf(x), empty)
+        assert np.isfinite(x[~empty]).all(), name
+        error, allowed = (np.abs(y[~empty] - exact[~empty]).max() for y in (x, rougher))
+        # One rounding of the result, as the dtype stores it.
+        floor = float(jnp.finfo(query.dtype).eps) * np.abs(exact[~empty]).max()
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, plain {allowed:.3g}"
+
+
+def test_grids_past_65535_programs_along_an_axis():
+    """Batch and heads are grid axes that CUDA limits to 65,535."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 2, (70_000, 16, 1)), jnp.int32)
+    query = jax.random.normal(jax.random.key(0), (70_000, 16, 1, 16), jnp.bfloat16)
+    got = scfa_jax.hash_sparse_attention(query, query, query, ids, num_buckets=2, implementation="triton")
+    last = slice(69_990, 70_000)
+    want = reference.hash_sparse_attention(query[last], query[last], query[last], ids[last])
+    np.testing.assert_allclose(np.asarray(got[last], np.float32), np.asarray(want, np.float32), atol=2e-2)
+
+
+def test_arrays_past_2_to_the_31_elements():
+    length, heads, head_dim = 1_048_576, 17, 128
+    query = jax.random.normal(jax.random.key(0), (1, length, heads, head_dim), jnp.bfloat16)
+    assert query.size > 2**31
+    start = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+    window = 8
+    got = scfa_jax.range_attention(query, query, query, start - window + 1, start + 1, implementation="triton")
+    tail = query[:, -64:]
+    want = reference.range_attention(tail, tail, tail, start[:, :64] - window + 1, start[:, :64] + 1)
+    np.testing.assert_allclose(np.asarray(got[:, -50:], np.float32), np.asarray(want[:, -50:], np.float32), atol=2e-2)
+
+
+def milliseconds(function, *arguments, repeats=10) -> float:
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / repeats)
+    return 1e3 * sorted(times)[2]
+
+
+def test_sixteen_buckets_save_most_of_the_time_in_both_passes():
+    """The tiles that are skipped are not computed: dense takes several times as long, backward included."""
+    rng = np.random.default_rng(0)
+    query, key, value = arrays(rng, Shape(1, 16_384, 16_384, 12, 12, 64), jnp.bfloat16)
+    ids = tuple(jnp.asarray(bucket_ids(rng, (1, 16_384, 12), "16")) for _ in range(2))
+    sparse = lambda q, k, v: scfa_jax.hash_sparse_attention(q, k, v, *ids, num_buckets=16)
+    gradient = lambda attend: jax.grad(lambda *a: jnp.sum(attend(*a).astype(jnp.float32)), (0, 1, 2))
+    for transform in (lambda f: f, gradient):
+        times = [
+            milliseconds(jax.jit(transform(attend)), query, key, value)
+            for attend in (sparse, scfa_jax.causal_attention)
+        ]
+        assert times[1] > 3 * times[0], times

@@ -42,6 +42,13 @@ def test_float32_has_a_relative_error_below_1e_5(pattern, head_dim):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_plain_jax_on_a_gpu(pattern):
+    case = make_case(pattern, np.random.default_rng(0), Shape(2, 200, 300, 4, 2, 20), jnp.float32)
+    results = case.compiled(implementation="xla")
+    assert_as_exact_as_plain(results, case.query, case.key, case.value, case.mask)
+
+
 def long_problem(pattern: str, length: int, rng):
     """An operator's extra arguments at a length, and the rows `[start, start + size)` of its mask."""
     tokens = (1, length, 2)

@@ -289,40 +289,48 @@ def _fit_blocks(block_sizes, query, key) -> BlockSizes | None:
     return None if block_sizes is None else block_sizes.fit(query.shape[1], key.shape[1])
 
 
+def _raise_on_second_derivative(*_):
+    raise NotImplementedError(
+        "scfa_jax attention can be differentiated once, in reverse mode; "
+        "use the same function of scfa_jax.reference for forward mode and second derivatives."
+    )
+
+
+def _differentiated_no_further(function):
+    """Makes derivatives of what already belongs to a derivative raise, the same on every implementation."""
+    function = jax.custom_vjp(function, nondiff_argnums=(0,))
+    function.defvjp(_raise_on_second_derivative, _raise_on_second_derivative)
+    return function
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: _Options, query, key, value, index):
-    return _attend_forward(options, query, key, value, index)[0]
+    output, logsumexp = _results(options, query, key, value, index)
+    return output, logsumexp.swapaxes(1, 2)
 
 
 def _attend_forward(options: _Options, query, key, value, index):
-    output, logsumexp = _by_platform(options, _forward, query, key, value, index)
+    output, logsumexp = _results(options, query, key, value, index)
     return (output, logsumexp.swapaxes(1, 2)), (query, key, value, index, output, logsumexp)
 
 
 def _attend_backward(options: _Options, residuals, cotangents):
-    gradients = _gradients(options, *residuals, *cotangents)
-    return (*gradients, None)
+    return (*_gradients(options, *residuals, *cotangents), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_differentiated_no_further
+def _results(options: _Options, query, key, value, index):
+    return _by_platform(options, _forward, query, key, value, index)
+
+
+@_differentiated_no_further
 def _gradients(options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient):
-    delta = jnp.einsum(
-        "btnh,btnh->bnt", output.astype(jnp.float32), output_gradient.astype(jnp.float32)
-    ) - logsumexp_gradient.swapaxes(1, 2)
+    dot = jnp.einsum("btnh,btnh->bnt", output.astype(jnp.float32), output_gradient.astype(jnp.float32))
+    delta = dot - logsumexp_gradient.swapaxes(1, 2)
     return _by_platform(options, _backward, query, key, value, index, logsumexp, output_gradient, delta)
-
-
-def _raise_on_second_derivative(*_):
-    raise NotImplementedError(
-        "scfa_jax attention can be differentiated once, in reverse mode; "
-        "use the same function of scfa_jax.reference for second derivatives."
-    )
-
-
-_gradients.defvjp(_raise_on_second_derivative, _raise_on_second_derivative)
 
 
 def _by_platform(options: _Options, run, *arrays):

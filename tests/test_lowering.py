@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import Shape, make_case
 from conftest import HAS_GPU
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import scfa_jax
@@ -100,7 +101,7 @@ def test_kernels_get_the_callers_arrays_and_no_sorted_copies():
                 continue
             if equation.primitive.name in ("gather", "scatter", "sort", "transpose", "concatenate"):
                 yield from (equation for v in equation.outvars if v.aval.size in rows)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from movers(inner)
 
     assert not list(movers(jaxpr.jaxpr))

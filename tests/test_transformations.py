@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, SMALL_BLOCKS, Shape, make_case
+from jax.extend.core import jaxprs_in_params
 from test_index import build
 
 import scfa_jax
 from scfa_jax.kernels import tile
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counts():
+    chex.clear_trace_counter()
 
 
 def case_of(pattern, seed=0, shape=None, **options):
@@ -147,7 +153,7 @@ def all_shapes(jaxpr):
     for equation in jaxpr.eqns:
         for variable in (*equation.invars, *equation.outvars):
             yield tuple(getattr(variable.aval, "shape", ()))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from all_shapes(inner)
 
 
@@ -184,9 +190,9 @@ def test_both_passes_visit_exactly_the_tiles_that_the_bounds_name(pattern, monke
         monkeypatch.setattr(tile, name, counted(name, getattr(tile, name)))
     blocks = scfa_jax.BlockSizes(*(scfa_jax.Tile(16, 16),) * 3)
     attend = partial(case.operator, **case.options, implementation="xla", block_sizes=blocks)
-    jax.block_until_ready(
-        jax.jit(jax.grad(loss_of(attend), (0, 1, 2)))(case.query, case.key, case.value, *case.pattern)
-    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        arguments = jax.device_put((case.query, case.key, case.value, *case.pattern), jax.devices("cpu")[0])
+        jax.block_until_ready(jax.jit(jax.grad(loss_of(attend), (0, 1, 2)))(*arguments))
     jax.effects_barrier()
     tiles = np.broadcast_to(build(pattern, case).stats(16, 16)["tiles"], (1, 2)).sum()
     assert visits.count("add_keys") == tiles

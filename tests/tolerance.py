@@ -35,7 +35,7 @@ def plain_attention(query, key, value, mask, *, scale=None):
     scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
     has_key = mask.any(-1, keepdims=True)
     logsumexp = jax.nn.logsumexp(jnp.where(has_key, scores, 0), axis=-1, keepdims=True)
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, 0) - logsumexp), 0).astype(query.dtype)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, logsumexp) - logsumexp), 0).astype(query.dtype)
     output = jnp.einsum("bnts,bsnh->btnh", weights, value, precision=highest)
     return output, jnp.where(has_key, logsumexp, -jnp.inf)[..., 0].swapaxes(1, 2)
 

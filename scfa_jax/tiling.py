@@ -105,7 +105,7 @@ def key_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Array
     rows, keys = _query_edges(index, block_q), _key_edges(index, block_k)
     start = _count_below(keys.last, rows.low_min)
     full_start = _count_below(keys.first, rows.low_max)
-    full_stop = _count_up_to(keys.last, rows.high_min)
+    full_stop = _count_up_to(keys.padded_last, rows.high_min)
     stop = jnp.where(rows.low_min <= rows.high_max, _count_up_to(keys.first, rows.high_max), 0)
     return _nested(start, full_start, full_stop, stop)
 
@@ -130,7 +130,7 @@ def query_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Arr
     # Queries that attend to nothing have `low == NEVER`, as have the codes of dropped keys: they must not meet.
     stop = _count_up_to(rows.low_min, jnp.minimum(keys.last, NEVER - 1))
     if index.ascending:
-        full_start = _count_below(rows.high_min, keys.last)
+        full_start = _count_below(rows.high_min, keys.padded_last)
         full_stop = _count_up_to(rows.low_max, keys.first)
     else:
         full_start = full_stop = stop
@@ -155,10 +155,11 @@ class _QueryEdges:
 
 @dataclass(frozen=True)
 class _KeyEdges:
-    """The first and last code in each tile of keys: int32 `[B, N, tiles]`. The padding counts as `NEVER`."""
+    """The first and last code in each tile of keys, and the last where padding is `NEVER`: int32 `[B, N, tiles]`."""
 
     first: jax.Array
     last: jax.Array
+    padded_last: jax.Array
 
 
 def _query_edges(index: SparseIndex, block_q: int) -> _QueryEdges:
@@ -180,8 +181,9 @@ def _key_edges(index: SparseIndex, block_k: int) -> _KeyEdges:
     length = index.key_length
     first = np.arange(num_tiles(length, block_k)) * block_k
     last = first + block_k - 1
-    last_code = jnp.where(last < length, index.key_code[..., np.minimum(last, length - 1)], NEVER)
-    return _KeyEdges(*_match((index.key_code[..., first], last_code), index.low))
+    last_code = index.key_code[..., np.minimum(last, length - 1)]
+    padded_last = jnp.where(last < length, last_code, NEVER)
+    return _KeyEdges(*_match((index.key_code[..., first], last_code, padded_last), index.low))
 
 
 def _match(edges: tuple[jax.Array, ...], other: jax.Array) -> tuple[jax.Array, ...]:

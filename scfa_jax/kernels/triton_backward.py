@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import _compat, tile
-from scfa_jax.kernels.triton_common import Rows, batch_spec, padded_head_spec, shared_entry
+from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import BlockSizes, Tile
 
 
@@ -139,7 +139,7 @@ def _dq_kernel(
         return dq + dot(score_gradient.astype(key.dtype), key)
 
     bounds_head = entry(bounds_ref.shape[0])
-    bounds = tuple(bounds_ref[bounds_head, query_tile, i] for i in range(4))
+    bounds = load_bounds(bounds_ref, bounds_head, query_tile)
     dq = tile.walk(bounds, visit, jnp.zeros((block.block_q, width), jnp.float32))
     queries.store(dq_ref, head, head_dim, dq * scale)
 
@@ -207,11 +207,11 @@ def _dkv_kernel(
             return dk + dot(score_gradient.astype(query.dtype), query), dv
 
         def visit_if_met(query_tile, carry, masked):
-            start, stop = (met_ref[entry(met_ref.shape[0]), query_tile, i] for i in (0, 3))
+            start, _, _, stop = load_bounds(met_ref, entry(met_ref.shape[0]), query_tile)
             meets = (start <= key_tile) & (key_tile < stop)
             return jax.lax.cond(meets, lambda c: visit(query_tile, c, masked), lambda c: c, carry)
 
-        bounds = tuple(bounds_ref[bounds_head, key_tile, i] for i in range(4))
+        bounds = load_bounds(bounds_ref, bounds_head, key_tile)
         return tile.walk(bounds, visit if met_ref is None else visit_if_met, carry)
 
     zeros = jnp.zeros((block.block_k, width), jnp.float32)

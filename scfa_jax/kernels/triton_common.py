@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -13,17 +14,16 @@ class Rows:
 
     Attributes:
         sorted: Slice of the rows in sorted order, for codes, ranges and the like.
-        original: Index of the rows in the original arrays: the same slice, or int32 `[block]`.
+        original: int32 `[block]`, the rows in the original arrays.
         valid: bool `[block]`, False past the end, or None where every tile is whole.
     """
 
     def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array):
         self.sorted = pl.ds(tile * block, block)
-        self.valid = None
-        if length % block:
-            self.valid = tile * block + jnp.arange(block, dtype=jnp.int32) < length
+        rows = tile * block + jnp.arange(block, dtype=jnp.int32)
+        self.valid = rows < length if length % block else None
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
-        self.original = self.sorted if order_ref is None else self.load_vector(order_ref, head, other=length)
+        self.original = rows if order_ref is None else self.load_vector(order_ref, head, other=length)
 
     def load_vector(self, ref, head: jax.Array, other) -> jax.Array:
         """Loads `[block]` of `ref[head]`, which is in sorted order, with `other` past the end."""
@@ -52,9 +52,8 @@ class Rows:
         return plgpu.load(at) if self.valid is None else plgpu.load(at, mask=self.valid, other=other)
 
     def _at(self, ref, head: jax.Array):
-        if isinstance(self.original, jax.Array):
-            return ref.at[self.original[:, None], head, jnp.arange(ref.shape[-1], dtype=jnp.int32)[None, :]]
-        return ref.at[self.original, head, :]
+        # All integers, never a slice: the interpreter takes no mixture, and no constant slice under x64.
+        return ref.at[self.original[:, None], head, jnp.arange(ref.shape[-1], dtype=jnp.int32)[None, :]]
 
     def _mask(self, ref, head_dim: int, keep: jax.Array | None) -> jax.Array | None:
         width = ref.shape[-1]
@@ -62,6 +61,11 @@ class Rows:
         if keep is None:
             return columns
         return keep[:, None] if columns is None else keep[:, None] & columns
+
+
+def load_bounds(bounds_ref, head: jax.Array, tile: jax.Array) -> tuple[jax.Array, ...]:
+    """The four int32 bounds of a tile, as from `tiling.key_tile_bounds`."""
+    return tuple(plgpu.load(bounds_ref.at[head, tile, np.int32(i)]) for i in range(4))
 
 
 def shared_entry(head: jax.Array, num_heads: int, num_entries: int) -> jax.Array:

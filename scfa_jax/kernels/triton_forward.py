@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import _compat, tile
-from scfa_jax.kernels.triton_common import Rows, batch_spec, padded_head_spec, shared_entry
+from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import Tile
 
 
@@ -109,7 +109,7 @@ def _kernel(
         return tile.add_keys(softmax, query, key, value, mask, scale2, dot)
 
     bounds_head = entry(bounds_ref.shape[0])
-    bounds = tuple(bounds_ref[bounds_head, query_tile, i] for i in range(4))
+    bounds = load_bounds(bounds_ref, bounds_head, query_tile)
     softmax = tile.walk(bounds, visit, tile.empty_softmax(block.block_q, width))
     output, logsumexp = tile.finish(softmax, scale2)
     queries.store(output_ref, head, head_dim, output)

@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The interpreter: $(PYTHON), or the first one found that is new enough and can make virtual environments.
-# Prints its path, or on standard error one line with the remedy.
+# Prints its path, that of the base interpreter where it is one of a virtual environment (.venv itself may be active
+# now and go away below), or on standard error one line with the remedy.
 define find_python
 best=; bare=; old=; \
 for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
@@ -27,7 +28,7 @@ for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3
     old="$${old:-$$candidate is Python $$version}"; continue; fi; \
   if ! $$candidate -c 'import venv, ensurepip' 2>/dev/null </dev/null; then \
     bare="$${bare:-$$version}"; continue; fi; \
-  best=$$($$candidate -c 'import sys; print(sys.executable)' </dev/null); break; \
+  best=$$($$candidate -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))' </dev/null); break; \
 done; \
 if [ -n "$$best" ]; then echo "$$best"; \
 elif [ -n "$$bare" ]; then echo "error: Python $$bare lacks its venv or ensurepip module; install it (Debian, Ubuntu: apt install python$$bare-venv) and run make again." >&2; exit 2; \
@@ -37,8 +38,11 @@ endef
 
 # The CUDA extra that the driver's version asks for, or nothing: then JAX computes on the CPU.
 define find_cuda
-version=$$(nvidia-smi 2>/dev/null </dev/null | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9][0-9]*\).*/\1/p' | head -n 1); \
-if [ -z "$$version" ]; then :; elif [ "$$version" -ge 13 ]; then echo ,cuda13; \
+said=$$(nvidia-smi 2>/dev/null </dev/null) || said=; \
+version=$$(printf '%s\n' "$$said" | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9][0-9]*\).*/\1/p' | head -n 1); \
+if [ -z "$$said" ]; then :; \
+elif [ -z "$$version" ]; then echo "note: nvidia-smi answers but names no CUDA version: using the CPU." >&2; \
+elif [ "$$version" -ge 13 ]; then echo ,cuda13; \
 elif [ "$$version" -eq 12 ]; then echo ,cuda12; \
 else echo "note: this NVIDIA driver is too old for JAX (CUDA $$version, needs 12): using the CPU." >&2; fi
 endef

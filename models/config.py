@@ -25,6 +25,8 @@ class ModelConfig:
     """How the model knows where a token stands."""
     num_buckets: int = 4
     """Hash buckets of a hash layer: even."""
+    exclude_self: bool = True
+    """Whether a token of a hash layer may not attend to itself."""
     drop_rate: float = 0.3
     """Share of queries and of keys that a qk layer drops while training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

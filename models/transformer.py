@@ -131,4 +131,4 @@ def _call_again(block: Block, x: jax.Array, draw: Draw) -> jax.Array:
 
 
 def _sparsity(config: ModelConfig, kind: str) -> Sparsity:
-    return {"dense": None, "hash": Hash(config.num_buckets), "qk": Drop(config.drop_rate)}[kind]
+    return {"dense": None, "hash": Hash(config.num_buckets, config.exclude_self), "qk": Drop(config.drop_rate)}[kind]

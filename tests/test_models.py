@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from models import ModelConfig, Transformer
+from models.config import ATTENTION_KINDS
 from models.rotary import rotary
+from scfa_jax.nnx import Drop, Hash
 
 VOCAB, LENGTH = 40, 24
 ALL_KINDS = "dense, hash,qk"  # one layer of each
@@ -39,19 +41,23 @@ def tokens() -> jax.Array:
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_logits_are_float32_for_every_position_and_token(positions, tokens):
-    logits = logits_of(make(positions=positions), tokens, jax.random.key(0))
-    assert logits.shape == (2, LENGTH, VOCAB)
-    assert logits.dtype == jnp.float32
-    assert np.isfinite(logits).all()
+def test_the_order_of_earlier_tokens_counts(positions, tokens):
+    model = make(attention="dense", layers=1, positions=positions)
+    tokens = tokens.at[:, :2].set(jnp.array([3, 4]))
+    before, after = logits_of(model, tokens), logits_of(model, tokens.at[:, :2].set(jnp.array([4, 3])))
+    # Without positions one layer could not tell at the end, and does not up to the rounding of its sums.
+    assert np.abs(before[:, -1] - after[:, -1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("key", [None, 5], ids=["evaluation", "training"])
-def test_no_position_sees_a_later_one(key, tokens):
+def test_logits_are_float32_and_no_position_sees_a_later_one(key, tokens):
     key = None if key is None else jax.random.key(key)
     model = make()
     changed = tokens.at[:, 15:].set((tokens[:, 15:] + 1) % VOCAB)
     before, after = logits_of(model, tokens, key), logits_of(model, changed, key)
+    assert before.shape == (2, LENGTH, VOCAB)
+    assert before.dtype == jnp.float32
+    assert np.isfinite(before).all()
     np.testing.assert_allclose(before[:, :15], after[:, :15], atol=1e-5)
     assert not np.allclose(before[:, 15:], after[:, 15:], atol=1e-3)
 
@@ -60,6 +66,14 @@ def test_layers_take_the_kinds_of_attention_in_turn():
     assert ModelConfig(attention="dense, hash", layers=5).layer_kinds() == (
         *("dense", "hash", "dense", "hash", "dense"),
     )
+
+
+@pytest.mark.parametrize("exclude_self", [True, False])
+def test_layers_are_made_of_their_kind(exclude_self):
+    model = make(num_buckets=6, exclude_self=exclude_self, drop_rate=0.25)
+    kinds = [block.attention.sparsity for block in model.blocks]
+    assert kinds == [None, Hash(6, exclude_self=exclude_self), Drop(0.25)]
+    assert ATTENTION_KINDS == ("dense", "hash", "qk")
 
 
 def test_the_embedding_is_the_output_layer(tokens):
@@ -73,23 +87,25 @@ def test_the_embedding_is_the_output_layer(tokens):
 
 
 def test_bfloat16_computes_on_float32_parameters(tokens):
-    model = make(dtype="bfloat16")
+    model = make(attention="dense,hash", layers=2, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
     features = jax.eval_shape(model.features, tokens)
     assert features.dtype == jnp.bfloat16
     logits = logits_of(model, tokens)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, logits_of(make(), tokens), atol=0.05)
+    np.testing.assert_allclose(logits, logits_of(make(attention="dense,hash", layers=2), tokens), atol=0.05)
 
 
 def test_rematerialisation_changes_nothing_but_memory(tokens):
     def loss_and_gradients(remat: bool):
-        graph, params, rest = nnx.split(make(remat=remat), nnx.Param, ...)
+        graph, params, rest = nnx.split(make(attention="hash,qk", layers=2, remat=remat), nnx.Param, ...)
 
         def loss(params):
             return (nnx.merge(graph, params, rest)(tokens, key=jax.random.key(1)) ** 2).mean()
 
-        return jax.jit(jax.value_and_grad(loss))(params)
+        traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+        assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
+        return traced.lower().compile()(params)
 
     for kept, computed_again in zip(
         jax.tree.leaves(loss_and_gradients(False)), jax.tree.leaves(loss_and_gradients(True)), strict=True
@@ -103,7 +119,11 @@ def test_a_training_key_decides_the_draw_and_evaluation_needs_none(attention, to
     one, again, other = (logits_of(model, tokens, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
-    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(model, tokens))
+    (first,), (second,) = (model.draw(2, LENGTH, None) for _ in range(2))
+    if attention == "qk":
+        assert first == second == {}
+    else:
+        np.testing.assert_array_equal(first["rotations"], second["rotations"])
 
 
 def test_layers_draw_independently():

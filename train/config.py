@@ -43,7 +43,7 @@ class OptimizerConfig:
     lr: float = 3e-3
     """Highest learning rate; the schedule ends at a tenth of it."""
     warmup: int = 50
-    """Steps until the highest learning rate."""
+    """Steps until the highest learning rate; at most one less than --steps."""
     weight_decay: float = 0.1
     """AdamW's weight decay, of matrices only."""
     clip: float = 1.0
@@ -104,12 +104,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         TrainError: An option makes no sense, there is no run to continue, or an option contradicts the run.
         SystemExit: tyro could not read the command line (code 2), or printed the help (code 0).
     """
-    config = _checked(_read_arguments(argv, Config()))
+    config = _read_arguments(argv, Config())
     if not config.run.resume:
-        return config
-    folder = Path(config.run.out) if config.run.out else latest_run()
+        return _checked(config)
+    folder = _expanded("out", config.run.out) if config.run.out else latest_run()
     stored = load_config(folder)
-    # The options given now, on top of those of the run: what differs was asked for explicitly.
+    # The options given now, on top of those of the run: what differs was asked for explicitly. Checked no
+    # earlier, since options that do not fit the defaults may fit the run.
     asked = _checked(_read_arguments(argv, stored))
     differing = [
         f"--{name.replace('_', '-')} ({old} there, {new} here)"
@@ -128,8 +129,12 @@ def save_config(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Writes `config.json`: the options, and `facts` about the data, the versions and the device."""
     record = {"config": dataclasses.asdict(config), **facts}
     temporary = folder / (CONFIG_FILE + ".part")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(folder / CONFIG_FILE)
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(folder / CONFIG_FILE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_facts(folder: Path) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def load_facts(folder: Path) -> dict[str, Any]:
         raise TrainError(f"{folder} holds no run: {path} is missing. Name the run's folder with --out.") from None
     except (OSError, ValueError) as error:
         raise TrainError(f"{path} cannot be read ({error}). Start a new run without --resume.") from None
+    if not isinstance(record, dict):
+        raise TrainError(f"{path} holds no options of a run. Start a new run without --resume.")
     return record
 
 
@@ -176,10 +183,10 @@ def latest_run() -> Path:
     Raises:
         TrainError: There is none.
     """
-    found = sorted(RUNS_FOLDER.glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    folders = [path.parent for path in RUNS_FOLDER.glob(f"*/{CONFIG_FILE}")]
+    if not folders:
         raise TrainError(f"--resume found no run under {RUNS_FOLDER}/. Name its folder with --out.")
-    return found[-1].parent
+    return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
 
 
 def new_run_folder(config: Config) -> Path:
@@ -189,7 +196,7 @@ def new_run_folder(config: Config) -> Path:
         TrainError: `--out` already holds a run.
     """
     if config.run.out:
-        folder = Path(config.run.out)
+        folder = _expanded("out", config.run.out)
         if (folder / CONFIG_FILE).exists():
             raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
         return folder
@@ -216,8 +223,15 @@ def _checked(config: Config) -> Config:
         on_cpu = jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
     if data.data is not None:
-        data = dataclasses.replace(data, data=str(Path(data.data).expanduser().resolve()))
+        data = dataclasses.replace(data, data=str(_expanded("data", data.data).resolve()))
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _expanded(option: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise TrainError(f"--{option}: {path} names no home folder ({error}). Write the path in full.") from None
 
 
 def _problem(config: Config) -> str | None:
@@ -253,6 +267,8 @@ def _problem(config: Config) -> str | None:
     for name, amount in not_negative.items():
         if not amount >= 0:
             return f"--{name} must not be negative, got {amount}."
+    if optimizer.seed >= 2**32:
+        return f"--seed must be below 2**32, got {optimizer.seed}."
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
     return None

@@ -152,7 +152,7 @@ def _read_file(path: Path) -> list[bytes]:
     """The documents of a text or JSON-lines file, gunzipped by name."""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if _is_gzip(path):
             content = gzip.decompress(content)
     except FileNotFoundError:
         raise TrainError(f"{path} does not exist. Name a text, .gz or .jsonl file with --data.") from None
@@ -162,8 +162,12 @@ def _read_file(path: Path) -> list[bytes]:
         raise TrainError(f"{path} is not a whole gzip file ({error}). Fetch it again or unpack it.") from None
     except OSError as error:
         raise TrainError(f"{path} cannot be read ({error.strerror}). Name another file with --data.") from None
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    return _json_lines(path, content) if inner.suffix in JSON_LINES else [content]
+    inner = path.with_suffix("") if _is_gzip(path) else path
+    return _json_lines(path, content) if inner.suffix.lower() in JSON_LINES else [content]
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _json_lines(path: Path, content: bytes) -> list[bytes]:
@@ -175,7 +179,7 @@ def _json_lines(path: Path, content: bytes) -> list[bytes]:
             text = json.loads(line)["text"]
             # Lone surrogates are legal in JSON but not in UTF-8.
             documents.append(text.encode("utf-8", "replace"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TrainError(f"{path} line {number}: not valid JSON ({error}). Mend or remove the line.") from None
         except (AttributeError, KeyError, TypeError):
             raise TrainError(f'{path} line {number}: no "text" key with a string. Mend or remove the line.') from None

@@ -26,6 +26,8 @@ from train.step import BITS_PER_NAT, LanguageModel, TrainState, eval_step, make_
 
 # Steps in flight before the host waits for a loss: enough to hide its own work behind the device's.
 LAG = 4
+# Seconds from one line of progress to the next where there is no bar, as in a log file.
+LINE_EVERY = 10.0
 
 
 class Compiled(NamedTuple):
@@ -112,6 +114,7 @@ def train(
                     _report_held_out(metrics, step, evaluate(compiled, state, config, corpus))
                 losses.restart_clock()
         losses.drain(bar)
+        losses.record_rest(bar)
         checkpoints.save(step, state, batches)
     if stop_request.signal is None and not any(
         record["step"] == step and "held_out_loss" in record for record in metrics.history
@@ -126,8 +129,10 @@ class _LaggedLosses:
     def __init__(self, metrics: Metrics, tokens_per_step: int, log_every: int, step: int):
         self._metrics, self._tokens_per_step, self._log_every = metrics, tokens_per_step, log_every
         self._in_flight: deque[tuple[int, jax.Array]] = deque()
-        self._read: list[float] = []
+        self._read: list[float] = []  # since the last record
+        self._last_step = step
         self._clock, self._timed_steps = time.monotonic(), 0
+        self._last_line = -math.inf
 
     def restart_clock(self) -> None:
         """Leaves the time since the last loss (an evaluation, a checkpoint) out of the tokens a second."""
@@ -153,16 +158,27 @@ class _LaggedLosses:
             )
         self._read.append(loss)
         self._timed_steps += 1
-        if step % self._log_every:
-            return
+        self._last_step = step
+        if step % self._log_every == 0:
+            self._record(bar)
+
+    def record_rest(self, bar: tqdm.tqdm) -> None:
+        """Records the losses since the last line: of less steps than usual, at the end."""
+        if self._read:
+            self._record(bar)
+
+    def _record(self, bar: tqdm.tqdm) -> None:
         now = time.monotonic()
         rate = self._timed_steps * self._tokens_per_step / max(now - self._clock, 1e-9)
         self._clock, self._timed_steps = now, 0
         mean = math.fsum(self._read) / len(self._read)
         self._read.clear()
-        self._metrics.training(step, mean, rate)
-        bits = mean * BITS_PER_NAT
-        bar.set_postfix_str(f"loss {mean:.3f}, {bits:.3f} bits/byte, {rate:,.0f} tokens/s")
+        self._metrics.training(self._last_step, mean, rate)
+        progress = f"loss {mean:.3f}, {mean * BITS_PER_NAT:.3f} bits/byte, {rate:,.0f} tokens/s"
+        bar.set_postfix_str(progress)
+        if bar.disable and now >= self._last_line + LINE_EVERY:
+            self._last_line = now
+            print(f"step {self._last_step}: {progress}")
 
 
 class _StopRequest:

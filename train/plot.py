@@ -32,7 +32,8 @@ def plot_loss(history: Sequence[dict[str, Any]], title: str, path: Path) -> None
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize="medium")
+    # The name of a file may hold a $, or bytes that are no text.
+    axes.set_title(title.encode("utf-8", "replace").decode(), fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -75,19 +75,24 @@ def _open_folder(config: Config, corpus: Corpus) -> Path:
     """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text."""
     if config.run.resume:
         folder = Path(config.run.out or "")
-        stored = load_facts(folder).get("corpus", {})
+        facts = load_facts(folder)
+        stored = facts.get("corpus", {})
         if stored.get("sha256") != corpus.sha256:
             raise TrainError(
                 f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
                 f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
             )
+        changed = _changed(facts, _facts(corpus))
+        if changed:
+            print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
         return folder
-    folder = new_run_folder(config)
     try:
+        folder = new_run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         save_config(folder, config, _facts(corpus))
     except OSError as error:
-        raise TrainError(f"{folder} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+        name = error.filename or config.run.out
+        raise TrainError(f"{name} cannot be written ({error.strerror}). Choose another folder with --out.") from None
     return folder
 
 
@@ -106,6 +111,17 @@ def _facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Versions and devices that differ, for people; empty if none does."""
+    sections = {"versions": (*PACKAGES,), "device": ("kind", "cpu_cores")}
+    pairs = [
+        (name, old.get(section, {}).get(name), new[section][name])
+        for section, names in sections.items()
+        for name in names
+    ]
+    return ", ".join(f"{name} was {before}, is {now}" for name, before, now in pairs if before != now)
+
+
 def _finish(
     config: Config, corpus: Corpus, folder: Path, model: LanguageModel, state: TrainState, metrics: Metrics
 ) -> None:
@@ -116,7 +132,7 @@ def _finish(
     if config.run.prompt is None:
         prompt = corpus.held_out[:DEFAULT_PROMPT_LENGTH].tobytes()
     else:
-        prompt = config.run.prompt.encode()
+        prompt = config.run.prompt.encode("utf-8", "surrogateescape")  # any bytes can come from a command line
     added = sample(
         model,
         state.params,
@@ -134,7 +150,9 @@ def _finish(
         f"{config.optimizer.steps}, {held_out['seconds']:.0f} s; {corpus.name}"
     )
     (folder / SAMPLE_FILE).write_text(
-        f"{summary}\n\n--- prompt\n{shown}\n--- continuation\n{continued}\n", encoding="utf-8"
+        f"{summary}\n\n--- prompt\n{shown}\n--- continuation\n{continued}\n",
+        encoding="utf-8",
+        errors="backslashreplace",
     )
     print(f"--- {shown!r} goes on:\n{continued}\n---")
     print(summary)

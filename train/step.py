@@ -55,7 +55,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, config.steps, config.lr / 10)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_matrices),
+        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_decayed),
     )
 
 
@@ -101,5 +101,6 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets.astype(jnp.int32))
 
 
-def _matrices(params: Any) -> Any:
-    return jax.tree.map(lambda array: array.ndim >= 2, params)
+def _decayed(params: Any) -> Any:
+    """True for matrices. By name: a bias of several heads has two axes as well."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

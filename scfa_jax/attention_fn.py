@@ -73,7 +73,13 @@ def qk_attention_fn(
 
     Returns:
         A function of `query [..., T, N, H]`, `key`, `value [..., S, K, H]` and the keywords that Flax passes.
+
+    Raises:
+        ValueError: A mask has fewer than two axes.
     """
+    for name, keep in (("query_keep", query_keep), ("key_keep", key_keep)):
+        if keep.ndim < 2:
+            raise ValueError(f"{name} must be [..., length, heads], got {keep.shape}.")
     query_keep, key_keep = (_one_batch_axis(x, 2) for x in (query_keep, key_keep))
     return _for_flax(
         lambda query, key, value: qk_sparse_attention(
@@ -108,6 +114,7 @@ def _for_flax(attend_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
         attn_weights_value_einsum=None,
         input_positions=None,
     ):
+        """Attends as the factory's docstring says."""
         del broadcast_dropout, dropout_rng  # without active dropout they change nothing
         del is_causal, force_fp32_for_softmax  # always on
         ours = "scfa_jax.nnx.CausalSelfAttention or scfa_jax.linen.CausalSelfAttention"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
@@ -22,9 +23,9 @@ def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets:
 
     Raises:
         ValueError: `num_buckets` is odd or below 2.
+        TypeError: `num_buckets` is no static integer.
     """
-    if num_buckets < 2 or num_buckets % 2:
-        raise ValueError(f"num_buckets must be an even number of at least 2, got {num_buckets}.")
+    check_num_buckets(num_buckets)
     directions = jax.random.normal(key, (num_heads, head_dim, num_buckets // 2), jnp.float32)
     return directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
 
@@ -45,12 +46,31 @@ def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
 
     Raises:
         ValueError: The number of heads or their width differ.
+        TypeError: `x` does not hold floats.
     """
     if rotations.ndim != 3 or x.ndim < 3 or x.shape[-2:] != rotations.shape[:2]:
         raise ValueError(
             f"rotations must be [N, H, num_buckets // 2] with the N and H of x [..., T, N, H], "
             f"got rotations {rotations.shape} and x {x.shape}."
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must hold floats, got {x.dtype}.")
     x, rotations = jax.lax.stop_gradient((x.astype(jnp.float32), rotations.astype(jnp.float32)))
     projected = jnp.einsum("...tnh,nhr->...tnr", x, rotations, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
+
+
+def check_num_buckets(num_buckets: int) -> None:
+    """Checks a number of buckets for angular hashing.
+
+    Args:
+        num_buckets: What was given.
+
+    Raises:
+        ValueError: It is odd or below 2.
+        TypeError: It is no static integer.
+    """
+    if isinstance(num_buckets, bool) or not isinstance(num_buckets, int | np.integer):
+        raise TypeError(f"num_buckets must be a static int, got {num_buckets!r}.")
+    if num_buckets < 2 or num_buckets % 2:
+        raise ValueError(f"num_buckets must be an even number of at least 2, got {num_buckets}.")

@@ -151,7 +151,7 @@ class CausalSelfAttention(nn.Module):
         Args:
             x: float `[B, T, E]`.
             deterministic: Whether to evaluate, unless the module says so.
-            positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
+            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None.
             rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
             query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
             key_keep: bool `[B, T, K]`, together with `query_keep`.
@@ -163,6 +163,8 @@ class CausalSelfAttention(nn.Module):
             ValueError: A shape does not fit, a draw does not go with the kind of sparsity, or as in `draw`.
         """
         self.layout.check_input(x)
+        if positions is not None and self.rotary is None:
+            raise ValueError(f"positions must be None in a module without rotary, got shape {positions.shape}.")
         given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
         draw = {name: drawn for name, drawn in given.items() if drawn is not None}
         draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)

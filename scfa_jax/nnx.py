@@ -159,7 +159,7 @@ class CausalSelfAttention(nnx.Module):
             x: float `[B, T, E]`.
             deterministic: Whether to evaluate; `self.deterministic` if None.
             rngs: As in `draw`, which is called if none of the next three is given.
-            positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
+            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None.
             rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
             query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
             key_keep: bool `[B, T, K]`, together with `query_keep`.
@@ -171,6 +171,8 @@ class CausalSelfAttention(nnx.Module):
             ValueError: A shape does not fit, a draw does not go with the sparsity, or `rngs` lacks a stream.
         """
         self.layout.check_input(x)
+        if positions is not None and self.rotary is None:
+            raise ValueError(f"positions must be None in a module without rotary, got shape {positions.shape}.")
         given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
         draw = {name: drawn for name, drawn in given.items() if drawn is not None}
         draw = draw or self.draw(*x.shape[:2], deterministic=deterministic, rngs=rngs)
@@ -209,8 +211,9 @@ class CausalSelfAttention(nnx.Module):
         if isinstance(rngs, nnx.RngStream):
             rngs = rngs()
         if not isinstance(rngs, jax.Array):
+            got = f"the streams {list(rngs)}" if isinstance(rngs, nnx.Rngs) else repr(rngs)
             raise ValueError(
                 f"rngs must have the stream {RNG_STREAM!r} for a draw of {self.sparsity}, as in "
-                f"nnx.Rngs({RNG_STREAM}=0); got {rngs}."
+                f"nnx.Rngs({RNG_STREAM}=0); got {got}."
             )
         return self.sparsity.draw(rngs, batch_size, length, self.layout)

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scfa_jax.attention import causal_attention, hash_sparse_attention, qk_sparse_attention
-from scfa_jax.hashing import lsh_hash, random_rotations
+from scfa_jax.hashing import check_num_buckets, lsh_hash, random_rotations
 
 Implementation: TypeAlias = str | Sequence[str] | None
 
@@ -30,17 +31,27 @@ class Hash:
 
     Raises:
         ValueError: `num_buckets` is odd or below 2.
+        TypeError: `num_buckets` is no static integer.
     """
 
     num_buckets: int
     exclude_self: bool = True
 
     def __post_init__(self):
-        if self.num_buckets < 2 or self.num_buckets % 2:
-            raise ValueError(f"num_buckets must be an even number of at least 2, got {self.num_buckets}.")
+        check_num_buckets(self.num_buckets)
 
     def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> dict[str, jax.Array]:
-        """Draws `rotations`, float32 `[K, H, num_buckets // 2]`, for every batch element and position."""
+        """Draws what one call needs.
+
+        Args:
+            key: A JAX random key.
+            batch_size: Ignored: all batch elements share the rotations.
+            length: Ignored, likewise.
+            layout: That of the module.
+
+        Returns:
+            `rotations`, float32 `[K, H, num_buckets // 2]`.
+        """
         del batch_size, length
         heads, head_dim = layout.num_key_value_heads, layout.head_dim
         return {"rotations": random_rotations(key, heads, head_dim, self.num_buckets)}
@@ -57,17 +68,30 @@ class Drop:
 
     Raises:
         ValueError: `rate` is outside `[0, 1)`.
+        TypeError: `rate` is no static number.
     """
 
     rate: float
     drop_at_evaluation: bool = False
 
     def __post_init__(self):
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float | np.number):
+            raise TypeError(f"rate must be a static number, got {self.rate!r}.")
         if not 0 <= self.rate < 1:
             raise ValueError(f"rate must be at least 0 and below 1, got {self.rate}.")
 
     def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> dict[str, jax.Array]:
-        """Draws `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`."""
+        """Draws what one call needs.
+
+        Args:
+            key: A JAX random key.
+            batch_size: `B`.
+            length: `T`.
+            layout: That of the module.
+
+        Returns:
+            `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`.
+        """
         heads = {"query_keep": layout.num_heads, "key_keep": layout.num_key_value_heads}
         return {
             name: jax.random.bernoulli(one_key, 1 - self.rate, (batch_size, length, count))
@@ -100,12 +124,34 @@ class Layout:
         share_query_key: bool | None,
         normalize_key: bool | None,
     ) -> Layout:
+        """Makes the layout of a module's options.
+
+        Args:
+            in_features: As in the modules, like all that follow.
+            num_heads: `N`.
+            num_key_value_heads: `K` or None.
+            head_dim: `H` or None.
+            sparsity: None, `Hash` or `Drop`.
+            share_query_key: Or None.
+            normalize_key: Or None.
+
+        Returns:
+            The layout, with nothing left at None.
+
+        Raises:
+            ValueError: The heads do not divide what they must, or have no width.
+            TypeError: `sparsity` is of another kind.
+        """
         if sparsity is not None and not isinstance(sparsity, Hash | Drop):
             raise TypeError(f"sparsity must be None, Hash(...) or Drop(...), got {sparsity!r}.")
         if num_heads < 1 or (head_dim is None and in_features % num_heads):
             raise ValueError(
                 f"num_heads must be positive and, unless head_dim is given, divide in_features, "
                 f"got num_heads={num_heads} and in_features={in_features}."
+            )
+        if in_features < 1 or (head_dim is not None and head_dim < 1):
+            raise ValueError(
+                f"in_features and head_dim must be positive, got in_features={in_features} and head_dim={head_dim}."
             )
         key_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         if key_heads < 1 or num_heads % key_heads:
@@ -121,7 +167,14 @@ class Layout:
         )
 
     def check_input(self, x: jax.Array) -> None:
-        """Raises ValueError unless `x` is `[B, T, in_features]`."""
+        """Checks a module's input.
+
+        Args:
+            x: What was given.
+
+        Raises:
+            ValueError: It is not `[B, T, in_features]`.
+        """
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [B, T, {self.in_features}], got {x.shape}.")
 
@@ -189,7 +242,8 @@ def attend(
         `[B, T, N, H]` in the dtype of `query`.
 
     Raises:
-        ValueError: The random draws do not go with `sparsity`, or have other heads than `query` and `value`.
+        ValueError: The random draws do not go with `sparsity`, or have other shapes than it, `query` and
+            `value` ask for.
     """
     if rotations is not None and not isinstance(sparsity, Hash):
         raise ValueError(f"rotations go with sparsity=Hash(...), got sparsity={sparsity!r}.")
@@ -202,10 +256,10 @@ def attend(
 
     output: Any  # the operators also return pairs, with return_residual
     if isinstance(sparsity, Hash):
-        expected = (value.shape[2], query.shape[3])
-        if rotations is None or rotations.ndim != 3 or rotations.shape[:2] != expected:
+        expected = (value.shape[2], query.shape[3], sparsity.num_buckets // 2)
+        if rotations is None or rotations.shape != expected:
             got = None if rotations is None else rotations.shape
-            raise ValueError(f"rotations must be [K, H, num_buckets // 2] with [K, H] = {expected}, got {got}.")
+            raise ValueError(f"rotations must be [K, H, num_buckets // 2] = {expected}, got {got}.")
         group = query.shape[2] // value.shape[2]
         output = hash_sparse_attention(
             query,
@@ -214,7 +268,7 @@ def attend(
             lsh_hash(query, jnp.repeat(rotations, group, axis=0)),
             None if one_hash else lsh_hash(raw_key, rotations),
             exclude_self=sparsity.exclude_self,
-            num_buckets=2 * rotations.shape[2],
+            num_buckets=sparsity.num_buckets,
             implementation=implementation,
         )
     elif query_keep is not None and key_keep is not None:

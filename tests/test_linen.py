@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import chex
@@ -23,50 +24,78 @@ from module_cases import (
     FactorySpecification,
     ModuleSpecification,
     each_random_kind,
+    outputs_and_gradients,
     tokens,
 )
-from module_cases import test_factories_name_what_they_refuse as test_factories_name_what_they_refuse
-from module_cases import test_impossible_kinds_raise as test_impossible_kinds_raise
 
 import scfa_jax.linen
 from scfa_jax.linen import CausalSelfAttention, Hash, causal_attention_fn
 
-
-def layer(sparsity, *, num_heads=HEADS, **options):
-    options.setdefault("bias_init", nn.initializers.normal(0.3))
-    return CausalSelfAttention(FEATURES, num_heads, sparsity=sparsity, **options)
+BIASES = nn.initializers.normal(0.3)
 
 
+def layer(sparsity, *, num_heads=HEADS, cls=CausalSelfAttention, **options):
+    return cls(FEATURES, num_heads, sparsity=sparsity, bias_init=BIASES, **options)
+
+
+@functools.cache
 def initialised(module, seed=0):
-    return module.init(jax.random.key(seed), tokens(), deterministic=True)
+    return jax.jit(functools.partial(module.init, deterministic=True))(jax.random.key(seed), tokens())
+
+
+jitted = functools.partial(jax.jit, static_argnames=("module", "deterministic"))
+
+
+@jitted
+def apply(module, variables, x, rngs=None, **call):
+    return module.apply(variables, x, rngs=rngs, **call)
 
 
 class TestCausalSelfAttention(ModuleSpecification):
     @staticmethod
-    def make(sparsity, *, draw_length=LENGTH, seed=0, **options) -> Case:
+    @functools.cache
+    def make(sparsity, *, seed=0, **options) -> Case:
         module = layer(sparsity, **options)
-        variables = jax.jit(module.init, static_argnames="deterministic")(
-            jax.random.key(seed), tokens(), deterministic=True
-        )
-        kept = {name: value for name, value in variables.items() if name != "params"}
+        variables = initialised(module, seed)
+        kept = variables.get("sparsity", {})
 
-        def apply(params, x, *, seed=None, rngs=None, **call):
+        @jax.jit
+        def apply(params, x, *, kept=kept, seed=None, rngs=None, **call):
+            variables = {"params": params, "sparsity": kept} if kept else {"params": params}
             rngs = seed if rngs is None else rngs
             rngs = {} if rngs is None else {"sparsity": rngs}
-            return module.apply({"params": params, **kept}, x, deterministic=seed is None, rngs=rngs, **call)
+            return module.apply(variables, x, deterministic=seed is None, rngs=rngs, **call)
 
-        def draw(seed):
+        def draw(seed, length=LENGTH):
             rngs = {"sparsity": seed}
-            return module.apply(variables, BATCH, draw_length, deterministic=False, rngs=rngs, method="draw")
+            return module.apply(variables, BATCH, length, deterministic=False, rngs=rngs, method="draw")
+
+        def load(saved):
+            loaded = flax.serialization.from_bytes(variables, saved)
+            return loaded["params"], loaded.get("sparsity", {})
 
         return Case(
             params=variables["params"],
-            kept=kept.get("sparsity", {}),
-            apply=jax.jit(apply),
+            kept=kept,
+            apply=apply,
             draw=draw,
             save=lambda: flax.serialization.to_bytes(variables),
-            load=lambda saved, x: module.apply(flax.serialization.from_bytes(variables, saved), x, deterministic=True),
+            load=load,
         )
+
+    @pytest.mark.parametrize(("kind", "drawn"), [("hash", "outside"), ("drop", "outside"), ("hash", "inside")])
+    def test_linen_remat_changes_nothing(self, kind, drawn):
+        case = self.make(KINDS[kind])
+        draw = case.draw(SEED)
+        module = layer(KINDS[kind], cls=nn.remat(CausalSelfAttention), deterministic=False)
+
+        def attend(params, x, **draw):
+            return module.apply({"params": params, "sparsity": case.kept}, x, **draw, rngs={"sparsity": SEED})
+
+        remat = jax.jit(functools.partial(outputs_and_gradients, attend))
+        given = case.params, tokens(), tokens(1)
+        got, expected = remat(*given, draw if drawn == "outside" else {}), case.outputs_and_gradients(*given, draw)
+        chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 class TestFactories(FactorySpecification):
@@ -76,7 +105,7 @@ class TestFactories(FactorySpecification):
     @staticmethod
     def attention(attention_fn, **options):
         flax = nn.MultiHeadDotProductAttention(HEADS, attention_fn=nn.dot_product_attention)
-        params = flax.init(jax.random.key(0), tokens())
+        params = initialised(flax)
         module = nn.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn, **options)
         return lambda x, **call: module.apply(params, x, rngs={"dropout": SEED}, **call)
 
@@ -92,29 +121,11 @@ class TestFactories(FactorySpecification):
             self.attention(causal_attention_fn(), **options)(tokens())
 
 
-@pytest.mark.parametrize(("kind", "drawn"), [("hash", "outside"), ("drop", "outside"), ("hash", "inside")])
-def test_linen_remat_changes_nothing(kind, drawn):
-    variables = initialised(layer(KINDS[kind]))
-    rngs = {"sparsity": SEED}
-    draw = layer(KINDS[kind]).apply(variables, BATCH, LENGTH, deterministic=False, rngs=rngs, method="draw")
-    gradients = []
-    for cls in (CausalSelfAttention, nn.remat(CausalSelfAttention)):
-        module = cls(FEATURES, HEADS, sparsity=KINDS[kind], deterministic=False)
-
-        def loss(variables, module=module):
-            return jnp.sum(
-                jnp.sin(module.apply(variables, tokens(), **(draw if drawn == "outside" else {}), rngs=rngs))
-            )
-
-        gradients.append(jax.jit(jax.grad(loss))(variables)["params"])
-    chex.assert_trees_all_close(*gradients, rtol=1e-6, atol=1e-6)
-
-
 @each_random_kind
 def test_deterministic_belongs_to_the_module_or_to_the_call(kind):
     variables = initialised(layer(KINDS[kind]))
-    by_call = layer(KINDS[kind]).apply(variables, tokens(), deterministic=True)
-    by_module = layer(KINDS[kind], deterministic=True).apply(variables, tokens())
+    by_call = apply(layer(KINDS[kind]), variables, tokens(), deterministic=True)
+    by_module = apply(layer(KINDS[kind], deterministic=True), variables, tokens())
     np.testing.assert_array_equal(by_call, by_module)
     with pytest.raises(ValueError, match="deterministic"):
         layer(KINDS[kind]).apply(variables, tokens())
@@ -122,7 +133,7 @@ def test_deterministic_belongs_to_the_module_or_to_the_call(kind):
 
 def test_dense_attention_needs_no_deterministic():
     module = layer(None)
-    assert module.apply(initialised(module), tokens()).shape == tokens().shape
+    assert jax.eval_shape(module.apply, initialised(module), tokens()).shape == tokens().shape
 
 
 @each_random_kind
@@ -135,7 +146,8 @@ def test_a_missing_stream_raises(kind):
 def test_training_needs_no_kept_rotations_but_evaluation_does():
     module = layer(KINDS["hash"])
     params = {"params": initialised(module)["params"]}
-    assert module.apply(params, tokens(), deterministic=False, rngs={"sparsity": SEED}).shape == tokens().shape
+    trained = jax.eval_shape(lambda: module.apply(params, tokens(), deterministic=False, rngs={"sparsity": SEED}))
+    assert trained.shape == tokens().shape
     with pytest.raises(ValueError, match="variables must have the collection 'sparsity'"):
         module.apply(params, tokens(), deterministic=True)
 
@@ -159,11 +171,12 @@ def test_layers_can_be_scanned():
         split_rngs={"params": True, "sparsity": True},
         length=2,
     )()
-    variables = blocks.init({"params": SEED, "sparsity": SEED}, tokens())
+    variables = jax.jit(blocks.init)({"params": SEED, "sparsity": SEED}, tokens())
     (rotations,) = jax.tree.leaves(variables["sparsity"])
     assert not np.array_equal(*rotations)
-    outputs, _ = blocks.apply(variables, tokens(), rngs={"sparsity": SEED})
+    outputs, _ = jax.jit(blocks.apply)(variables, tokens(), rngs={"sparsity": SEED})
     assert outputs.shape == tokens().shape
+    assert np.all(np.isfinite(outputs))
 
 
 def test_an_odd_number_of_buckets_raises():

@@ -1,0 +1,1 @@
+"""Speed, memory and correctness of scfa_jax beside its peers: `python -m benchmarks --help`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -299,11 +300,21 @@ def test_ctrl_c_outside_training_is_one_line_and_the_run_can_still_be_resumed(st
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.run, "compile_steps", interrupt)
-    assert start(attention="dense") == 128 + signal.SIGINT
+    assert start(attention="dense", width=18, heads=3) == 128 + signal.SIGINT
     assert capsys.readouterr().err.count("\n") == 1
     fake_steps(1.0)
-    assert main(["--resume"]) == 0
+    assert main(["--resume", "--heads=3"]) == 0  # which does not fit the width that is the default
     assert "no checkpoint was written yet: starting from step 0" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, monkeypatch, capsys):
+    def no_space(path, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "replace", no_space)
+    assert start(out=tmp_path / "run") == 2
+    assert "cannot be written (No space left on device). Choose another folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
@@ -354,10 +365,16 @@ def test_the_optimizer_is_adamw_with_a_clip_and_a_warmup_and_a_cosine():
     [
         (["--resume"], "--resume found no run under runs/"),
         (["--resume", "--out=empty"], "empty holds no run"),
+        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Start a new run"),
+        (["--resume", "--out=cut"], "cut/config.json cannot be read"),
+        (["--resume", "--out=old"], "old/config.json does not fit this version of the program"),
     ],
 )
 def test_resuming_nothing_says_so(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for name, content in (("odd", "[]"), ("cut", '{"config": '), ("old", '{"config": {"model": {"depth": 3}}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 

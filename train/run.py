@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -86,11 +87,19 @@ def _open_folder(config: Config, corpus: Corpus) -> Path:
         if changed:
             print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
         return folder
+    return _make_folder(config, corpus)
+
+
+def _make_folder(config: Config, corpus: Corpus) -> Path:
+    folder: Path | None = None
     try:
         folder = new_run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         save_config(folder, config, _facts(corpus))
     except OSError as error:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # it is empty, unless it held something before
         name = error.filename or config.run.out
         raise TrainError(f"{name} cannot be written ({error.strerror}). Choose another folder with --out.") from None
     return folder

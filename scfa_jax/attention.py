@@ -328,9 +328,8 @@ def _results(options: _Options, query, key, value, index):
 
 @_differentiated_no_further
 def _gradients(options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient):
-    dot = jnp.einsum("btnh,btnh->bnt", output.astype(jnp.float32), output_gradient.astype(jnp.float32))
-    delta = dot - logsumexp_gradient.swapaxes(1, 2)
-    return _by_platform(options, _backward, query, key, value, index, logsumexp, output_gradient, delta)
+    gradients = (output_gradient, logsumexp_gradient.swapaxes(1, 2))
+    return _by_platform(options, _backward, query, key, value, index, output, logsumexp, *gradients)
 
 
 def _by_platform(options: _Options, run, *arrays):
@@ -361,9 +360,9 @@ def _forward(implementation: str, options: _Options, query, key, value, index):
     )
 
 
-def _backward(implementation: str, options: _Options, query, key, value, index, logsumexp, gradient, delta):
+def _backward(implementation: str, options: _Options, query, key, value, index, *rest):
     blocks = _blocks_for(implementation, options, query, key, index)
-    arrays = (query, key, value, index, logsumexp, gradient, delta)
+    arrays = (query, key, value, index, *rest)
     if implementation == "xla":
         return xla.backward(*arrays, scale=options.scale, block=blocks.dq)
     from scfa_jax.kernels import triton_backward

@@ -34,6 +34,7 @@ class SparseIndex:
         low: int32 `[B, N, T]`, the first code that each query (in query order) attends to; ascending.
         high: int32 `[B, N, T]`, the last code, inclusive.
         ascending: Whether `high` ascends too, so that the ends of a tile bound all of it. Static.
+        all_met: Whether every key that no query attends to is known to have the code `NEVER`. Static.
     """
 
     key_order: jax.Array | None
@@ -42,6 +43,7 @@ class SparseIndex:
     low: jax.Array
     high: jax.Array
     ascending: bool = dataclasses.field(default=True, metadata={"static": True})
+    all_met: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def query_length(self) -> int:
@@ -103,10 +105,11 @@ def causal_index(query_length: int, key_length: int, *, query_offset: jax.Array 
     high = _last_position(offset, _iota(query_length), key_length)
     return SparseIndex(
         key_order=None,
-        key_code=_iota(key_length)[None, None],
+        key_code=_up_to(_iota(key_length)[None, None], high),
         query_order=None,
         low=jnp.zeros_like(high),
         high=high,
+        all_met=True,
     )
 
 
@@ -149,11 +152,15 @@ def hash_index(
     key_id = _per_head("key_hash", key_hash, jnp.int32, key_length)
     _check_sides(query_id, key_id, "query_hash", "key_hash")
     longest = max(query_id.shape[-1], key_id.shape[-1], 1)
+    aligned = shared and isinstance(query_offset, int) and query_offset == 0
     if num_buckets is not None and num_buckets * longest < 2**31:
-        return _packed_hash_index(query_id, None if shared else key_id, offset, exclude_self)
-    if shared and isinstance(query_offset, int) and query_offset == 0:
-        return _shared_rank_hash_index(query_id, exclude_self)
-    return _joint_rank_hash_index(query_id, key_id, offset, exclude_self)
+        index = _packed_hash_index(query_id, None if shared else key_id, offset, exclude_self)
+    elif aligned:
+        index = _shared_rank_hash_index(query_id, exclude_self)
+    else:
+        index = _joint_rank_hash_index(query_id, key_id, offset, exclude_self)
+    # Then the query at its own position attends to every key.
+    return dataclasses.replace(index, all_met=aligned and not exclude_self)
 
 
 def keep_index(
@@ -193,10 +200,11 @@ def keep_index(
     last_high = jnp.max(jnp.where(query_kept, high, -1), axis=-1, keepdims=True, initial=-1)
     return SparseIndex(
         key_order=key_order,
-        key_code=jnp.where(key_kept, key_order, NEVER),
+        key_code=_up_to(jnp.where(key_kept, key_order, NEVER), last_high),
         query_order=query_order,
         low=jnp.where(query_kept, 0, NEVER),
         high=jnp.where(query_kept, high, last_high),
+        all_met=True,
     )
 
 
@@ -351,6 +359,14 @@ def _kept_first(keep: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _last_position(offset: jax.Array, query: jax.Array, key_length: int) -> jax.Array:
     """Position of the last key that each query may see, or -1: `offset + query` within the keys."""
     return jnp.clip(offset + query, -1, key_length - 1)
+
+
+def _up_to(code: jax.Array, high: jax.Array) -> jax.Array:
+    """The codes `[B, K, S]`, with `NEVER` beyond the largest `high` `[B, N, T]` of the heads that share a key head."""
+    last = jnp.max(high, axis=-1, initial=-1)
+    groups = min(code.shape[1], last.shape[1])
+    last = jnp.max(last.reshape(last.shape[0], groups, -1), axis=-1)[..., None]
+    return jnp.where(code <= last, code, NEVER)
 
 
 def _length(length: int) -> np.int32:

@@ -131,7 +131,8 @@ def query_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Arr
     stop = _count_up_to(rows.low_min, jnp.minimum(keys.last, NEVER - 1))
     if index.ascending:
         full_start = _count_below(rows.high_min, keys.padded_last)
-        full_stop = _count_up_to(rows.low_max, keys.first)
+        # The rows past the end of a last, partial tile attend to nothing.
+        full_stop = jnp.minimum(_count_up_to(rows.low_max, keys.first), index.query_length // block_q)
     else:
         full_start = full_stop = stop
     return _nested(start, full_start, full_stop, stop)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Which of the three loops a tile belongs to. In the tiles at the stop one end of every range lies beyond the tile,
+# and only the other end needs a comparison; in full tiles (None) neither does.
+Edge = Literal["start", "stop"] | None
 
 
 class Softmax(NamedTuple):
@@ -38,16 +42,16 @@ def walk(bounds, visit: Callable, carry):
 
     Args:
         bounds: Four int32 scalars, as from `tiling.key_tile_bounds`.
-        visit: `(tile number, carry, masked) -> carry`, with a static bool `masked`.
+        visit: `(tile number, carry, edge) -> carry`, with a static `Edge`.
         carry: What the loops carry.
 
     Returns:
         The carry after the last tile.
     """
     start, full_start, full_stop, stop = bounds
-    carry = jax.lax.fori_loop(start, full_start, lambda i, c: visit(i, c, True), carry)
-    carry = jax.lax.fori_loop(full_start, full_stop, lambda i, c: visit(i, c, False), carry)
-    return jax.lax.fori_loop(full_stop, stop, lambda i, c: visit(i, c, True), carry)
+    carry = jax.lax.fori_loop(start, full_start, lambda i, c: visit(i, c, "start"), carry)
+    carry = jax.lax.fori_loop(full_start, full_stop, lambda i, c: visit(i, c, None), carry)
+    return jax.lax.fori_loop(full_stop, stop, lambda i, c: visit(i, c, "stop"), carry)
 
 
 def split_scale(scale: float) -> tuple[float, float]:
@@ -116,6 +120,12 @@ def finish(softmax: Softmax, scale2: float) -> tuple[jax.Array, jax.Array]:
     return output, logsumexp
 
 
+def delta(output: jax.Array, output_gradient: jax.Array, logsumexp_gradient: jax.Array) -> jax.Array:
+    """The dot of output `[..., H]` and its cotangent, less the cotangent of the log-sum-exp `[...]`, in float32."""
+    products = output.astype(jnp.float32) * output_gradient.astype(jnp.float32)
+    return jnp.sum(products, axis=-1) - logsumexp_gradient
+
+
 def weights_and_score_gradient(
     scores: jax.Array,
     weight_gradient: jax.Array,
@@ -126,25 +136,22 @@ def weights_and_score_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Recomputes the weights of a tile and the gradient of its scaled scores.
 
+    Where the mask is False the weight is 0, and the gradient is as long as `weight_gradient` and `delta` are finite.
+
     Args:
         scores: float32, unscaled, `[block_q, block_k]` or its transpose.
         weight_gradient: float32 of that shape, the dot of the output's cotangent and the values.
         logsumexp: float32 that broadcasts to that shape, natural log.
-        delta: float32 likewise: the dot of output and its cotangent, less the cotangent of the log-sum-exp.
+        delta: float32 likewise, from the function of that name.
         mask: bool of that shape, or None where every pair is allowed.
         scale2: Factor of the scores, in units of log2; of any sign.
 
     Returns:
         The weights and the gradient of the scores before the factor `scale`, both float32.
     """
-    weights = jnp.exp2(scores * scale2 - logsumexp * LOG2_E)
-    gradient = weights * (weight_gradient - delta)
+    exponents = scores * scale2 - logsumexp * LOG2_E
     if mask is not None:
         # `where`, not a product: what is masked may be inf or NaN.
-        weights, gradient = jnp.where(mask, weights, 0.0), jnp.where(mask, gradient, 0.0)
-    return weights, gradient
-
-
-def allowed(code: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Which pairs of a tile are allowed; broadcast `code` against `low` and `high`."""
-    return (code >= low) & (code <= high)
+        exponents = jnp.where(mask, exponents, -jnp.inf)
+    weights = jnp.exp2(exponents)
+    return weights, weights * (weight_gradient - delta)

@@ -1,7 +1,8 @@
-"""The backward pass as two Pallas kernels for Triton: dq by tile of queries, dk and dv by tile of keys.
+"""The backward pass as two Pallas kernels for Triton: dq by tile of queries, then dk and dv by tile of keys.
 
 Each recomputes the weights of the tiles that it visits from the log-sum-exp. Nothing is accumulated across
-programs, so that the same inputs give the same bits.
+programs, so that the same inputs give the same bits. The first leaves behind, in sorted order, what the second
+needs of every query: its log-sum-exp, `inf` if it has no key, and its delta.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile
+from scfa_jax.kernels import _compat, tile, triton_marks
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import BlockSizes, Tile
 
@@ -24,9 +25,10 @@ def backward(
     key: jax.Array,
     value: jax.Array,
     index: SparseIndex,
+    output: jax.Array,
     logsumexp: jax.Array,
     output_gradient: jax.Array,
-    delta: jax.Array,
+    logsumexp_gradient: jax.Array,
     *,
     scale: float,
     blocks: BlockSizes,
@@ -39,9 +41,10 @@ def backward(
         key: `[B, S, K, H]`, no axis empty.
         value: `[B, S, K, H]`.
         index: The pattern.
+        output: `[B, T, N, H]`, of the forward pass.
         logsumexp: float32 `[B, N, T]`, of the forward pass.
         output_gradient: `[B, T, N, H]`, the cotangent of the output, in its dtype.
-        delta: float32 `[B, N, T]`: the dot of output and its cotangent, less the cotangent of the log-sum-exp.
+        logsumexp_gradient: float32 `[B, N, T]`, the cotangent of the log-sum-exp.
         scale: Factor of the scores.
         blocks: Tile sizes.
         interpret: Whether to run in Pallas's interpreter.
@@ -49,38 +52,59 @@ def backward(
     Returns:
         The gradients of query, key and value.
     """
-    batch, num_heads, key_heads = query.shape[0], query.shape[2], key.shape[2]
-    ranges = (index.low, index.high, index.key_code, index.query_order, index.key_order)
-    arrays = (query, key, value, output_gradient)
-    options = {"scale": scale, "head_dim": query.shape[3], "interpret": interpret}
+    batch, query_length, num_heads, head_dim = query.shape
+    key_length, key_heads = key.shape[1:3]
+    code = triton_marks.marked_codes(index, interpret=interpret)
+    ranges = (index.low, index.high, code, index.query_order, index.key_order)
 
-    def call(kernel, block, programs, heads, bounds, out, name):
-        vectors = (*bounds, *ranges, logsumexp, delta)
+    def call(kernel, block, grid, vectors, arrays, vectors_out, arrays_out, name):
         return _compat.triton_call(
-            functools.partial(kernel, block=block, **options),
+            functools.partial(kernel, block=block, scale=scale, head_dim=head_dim, interpret=interpret),
             tile=block,
             interpret=interpret,
-            grid=(programs, heads, batch),
+            grid=(*grid, batch),
             in_specs=[
                 *(None if x is None else batch_spec(x.shape, batch, 2) for x in vectors),
                 *(padded_head_spec(x.shape, 2) for x in arrays),
             ],
-            out_specs=[padded_head_spec(x.shape, 2) for x in out],
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
+            out_specs=[
+                *(batch_spec(x.shape, batch, 2) for x in vectors_out),
+                *(padded_head_spec(x.shape, 2) for x in arrays_out),
+            ],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*vectors_out, *arrays_out)],
             name=name,
         )(*vectors, *arrays)
 
     block = blocks.dq
-    key_tiles = tiling.key_tile_bounds(index, block.block_q, block.block_k)
-    programs = tiling.num_tiles(query.shape[1], block.block_q)
-    (dq,) = call(_dq_kernel, block, programs, num_heads, (key_tiles,), (query,), "scfa_dq")
-
+    sorted_logsumexp, sorted_delta, dq = call(
+        _dq_kernel,
+        block,
+        (tiling.num_tiles(query_length, block.block_q), num_heads),
+        (tiling.key_tile_bounds(index, block.block_q, block.block_k), *ranges, logsumexp, logsumexp_gradient),
+        (query, key, value, output, output_gradient),
+        (logsumexp, logsumexp),
+        (query,),
+        "scfa_dq",
+    )
     block = blocks.dkv
-    query_tiles = tiling.query_tile_bounds(index, block.block_q, block.block_k)
     # Only where the ranges do not ascend may a walk over tiles of queries pass some that it does not meet.
     met = None if index.ascending else tiling.key_tile_bounds(index, block.block_q, block.block_k)
-    programs = tiling.num_tiles(key.shape[1], block.block_k)
-    dk, dv = call(_dkv_kernel, block, programs, key_heads, (query_tiles, met), (key, value), "scfa_dkv")
+    dk, dv = call(
+        _dkv_kernel,
+        block,
+        (tiling.num_tiles(key_length, block.block_k), key_heads),
+        (
+            tiling.query_tile_bounds(index, block.block_q, block.block_k),
+            met,
+            *ranges,
+            sorted_logsumexp,
+            sorted_delta,
+        ),
+        (query, key, value, output_gradient),
+        (),
+        (key, value),
+        "scfa_dkv",
+    )
     return dq, dk, dv
 
 
@@ -92,11 +116,14 @@ def _dq_kernel(
     query_order_ref,
     key_order_ref,
     logsumexp_ref,
-    delta_ref,
+    logsumexp_gradient_ref,
     query_ref,
     key_ref,
     value_ref,
+    output_ref,
     output_gradient_ref,
+    sorted_logsumexp_ref,
+    sorted_delta_ref,
     dq_ref,
     *,
     scale: float,
@@ -114,20 +141,32 @@ def _dq_kernel(
     queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
     low = queries.load_vector(low_ref, on_query, other=NEVER)
     high = queries.load_vector(high_ref, on_query, other=-1)
-    logsumexp = queries.load_original_vector(logsumexp_ref, head, other=jnp.inf)
-    delta = queries.load_original_vector(delta_ref, head, other=0.0)
     query = queries.load(query_ref, head, head_dim)
     output_gradient = queries.load(output_gradient_ref, head, head_dim)
 
-    def visit(key_tile, dq, masked):
-        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
-        mask = has_query = None
-        if masked:
+    logsumexp = queries.load_original_vector(logsumexp_ref, head, other=-jnp.inf)
+    has_key = logsumexp != -jnp.inf
+    logsumexp = jnp.where(has_key, logsumexp, jnp.inf)
+    delta = tile.delta(
+        queries.load(output_ref, head, head_dim),
+        output_gradient,
+        queries.load_original_vector(logsumexp_gradient_ref, head, other=0.0),
+    )
+    delta = jnp.where(has_key, delta, 0.0)
+    queries.store_vector(sorted_logsumexp_ref, head, logsumexp)
+    queries.store_vector(sorted_delta_ref, head, delta)
+
+    def visit(key_tile, dq, edge):
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key, is_whole=edge is None)
+        mask = is_met = None
+        if edge is not None:
             code = keys.load_vector(code_ref, on_key, other=NEVER)
-            mask = tile.allowed(code[None, :], low[:, None], high[:, None])
-            has_query = jnp.max(mask.astype(jnp.int32), axis=0) > 0
-        key = keys.load(key_ref, key_head, head_dim, where=has_query)
-        value = keys.load(value_ref, key_head, head_dim)
+            mask = code[None, :] <= high[:, None]
+            if edge == "start":
+                mask &= code[None, :] >= low[:, None]
+            is_met = code != NEVER
+        key = keys.load(key_ref, key_head, head_dim, where=is_met)
+        value = keys.load(value_ref, key_head, head_dim, where=is_met)
         _, score_gradient = tile.weights_and_score_gradient(
             dot(query, key.T),
             dot(output_gradient, value.T),
@@ -141,7 +180,7 @@ def _dq_kernel(
     bounds_head = entry(bounds_ref.shape[0])
     bounds = load_bounds(bounds_ref, bounds_head, query_tile)
     dq = tile.walk(bounds, visit, jnp.zeros((block.block_q, width), jnp.float32))
-    queries.store(dq_ref, head, head_dim, dq * scale)
+    queries.store(dq_ref, head, head_dim, jnp.where(has_key[:, None], dq * scale, 0.0))
 
 
 def _dkv_kernel(
@@ -152,8 +191,8 @@ def _dkv_kernel(
     code_ref,
     query_order_ref,
     key_order_ref,
-    logsumexp_ref,
-    delta_ref,
+    sorted_logsumexp_ref,
+    sorted_delta_ref,
     query_ref,
     key_ref,
     value_ref,
@@ -182,17 +221,19 @@ def _dkv_kernel(
         entry = functools.partial(shared_entry, head, num_heads)
         on_query, bounds_head = entry(low_ref.shape[0]), entry(bounds_ref.shape[0])
 
-        def visit(query_tile, carry, masked):
+        def visit(query_tile, carry, edge):
             dk, dv = carry
-            queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
-            logsumexp = queries.load_original_vector(logsumexp_ref, head, other=jnp.inf)
-            delta = queries.load_original_vector(delta_ref, head, other=0.0)
+            queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query, is_whole=edge is None)
+            logsumexp = queries.load_vector(sorted_logsumexp_ref, head, other=jnp.inf)
+            delta = queries.load_vector(sorted_delta_ref, head, other=0.0)
             mask = has_key = None
-            if masked:
+            if edge is not None:
                 low = queries.load_vector(low_ref, on_query, other=NEVER)
-                high = queries.load_vector(high_ref, on_query, other=-1)
-                mask = tile.allowed(code[:, None], low[None, :], high[None, :])
-                has_key = logsumexp != -jnp.inf
+                mask = code[:, None] >= low[None, :]
+                if edge == "start":
+                    high = queries.load_vector(high_ref, on_query, other=-1)
+                    mask &= code[:, None] <= high[None, :]
+                has_key = logsumexp != jnp.inf
             query = queries.load(query_ref, head, head_dim, where=has_key)
             output_gradient = queries.load(output_gradient_ref, head, head_dim, where=has_key)
             weights, score_gradient = tile.weights_and_score_gradient(
@@ -206,10 +247,10 @@ def _dkv_kernel(
             dv = dv + dot(weights.astype(output_gradient.dtype), output_gradient)
             return dk + dot(score_gradient.astype(query.dtype), query), dv
 
-        def visit_if_met(query_tile, carry, masked):
+        def visit_if_met(query_tile, carry, edge):
             start, _, _, stop = load_bounds(met_ref, entry(met_ref.shape[0]), query_tile)
             meets = (start <= key_tile) & (key_tile < stop)
-            return jax.lax.cond(meets, lambda c: visit(query_tile, c, masked), lambda c: c, carry)
+            return jax.lax.cond(meets, lambda c: visit(query_tile, c, edge), lambda c: c, carry)
 
         bounds = load_bounds(bounds_ref, bounds_head, key_tile)
         return tile.walk(bounds, visit if met_ref is None else visit_if_met, carry)
@@ -221,5 +262,7 @@ def _dkv_kernel(
         if group == 1
         else jax.lax.fori_loop(first, first + group, add_head, (zeros, zeros))
     )
-    keys.store(dk_ref, key_head, head_dim, dk * scale)
-    keys.store(dv_ref, key_head, head_dim, dv)
+    # What a key that takes no part holds stays in its own row, which ends here.
+    is_met = (code != NEVER)[:, None]
+    keys.store(dk_ref, key_head, head_dim, jnp.where(is_met, dk * scale, 0.0))
+    keys.store(dv_ref, key_head, head_dim, jnp.where(is_met, dv, 0.0))

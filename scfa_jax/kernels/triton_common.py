@@ -15,13 +15,13 @@ class Rows:
     Attributes:
         sorted: Slice of the rows in sorted order, for codes, ranges and the like.
         original: int32 `[block]`, the rows in the original arrays.
-        valid: bool `[block]`, False past the end, or None where every tile is whole.
+        valid: bool `[block]`, False past the end, or None where the tile is known to be whole.
     """
 
-    def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array):
+    def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array, is_whole: bool = False):
         self.sorted = pl.ds(tile * block, block)
-        rows = tile * block + jnp.arange(block, dtype=jnp.int32)
-        self.valid = rows < length if length % block else None
+        self._rows = rows = tile * block + jnp.arange(block, dtype=jnp.int32)
+        self.valid = None if is_whole or length % block == 0 else rows < length
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
         self.original = rows if order_ref is None else self.load_vector(order_ref, head, other=length)
 
@@ -45,7 +45,11 @@ class Rows:
         plgpu.store(self._at(ref, head), x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
 
     def store_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
-        """Stores `[block]` to `ref[head]`, through the order."""
+        """Stores `[block]` to `ref[head]`, which is in sorted order."""
+        plgpu.store(ref.at[head, self._rows], x, mask=self.valid)
+
+    def store_original_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
+        """Stores `[block]` to `ref[head]`, which is in original order."""
         plgpu.store(ref.at[head, self.original], x, mask=self.valid)
 
     def _load_vector(self, at, other) -> jax.Array:

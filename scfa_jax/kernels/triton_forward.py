@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile
+from scfa_jax.kernels import _compat, tile, triton_marks
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import Tile
 
@@ -41,7 +41,8 @@ def forward(
     """
     batch, query_length, num_heads, head_dim = query.shape
     bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
-    operands = (bounds, index.low, index.high, index.key_code, index.query_order, index.key_order)
+    code = triton_marks.marked_codes(index, interpret=interpret)
+    operands = (bounds, index.low, index.high, code, index.query_order, index.key_order)
     kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)
     rows = padded_head_spec(query.shape, 2)
     logsumexp = jax.ShapeDtypeStruct((batch, num_heads, query_length), jnp.float32)
@@ -96,16 +97,18 @@ def _kernel(
     query = queries.load(query_ref, head, head_dim)
     query = query if sign == 1 else query * jnp.asarray(sign, query.dtype)
 
-    def visit(key_tile, softmax, masked):
-        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
-        mask = has_query = None
-        if masked:
+    def visit(key_tile, softmax, edge):
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key, is_whole=edge is None)
+        mask = is_met = None
+        if edge is not None:
             code = keys.load_vector(code_ref, on_key, other=NEVER)
-            mask = tile.allowed(code[None, :], low[:, None], high[:, None])
-            has_query = jnp.max(mask.astype(jnp.int32), axis=0) > 0
+            mask = code[None, :] <= high[:, None]
+            if edge == "start":
+                mask &= code[None, :] >= low[:, None]
+            is_met = code != NEVER
         key = keys.load(key_ref, key_head, head_dim)
-        # A weight of 0 does not silence a NaN: rows that nobody here attends to are not even loaded.
-        value = keys.load(value_ref, key_head, head_dim, where=has_query)
+        # A weight of 0 does not silence a NaN: rows that take no part are not even loaded.
+        value = keys.load(value_ref, key_head, head_dim, where=is_met)
         return tile.add_keys(softmax, query, key, value, mask, scale2, dot)
 
     bounds_head = entry(bounds_ref.shape[0])
@@ -113,4 +116,4 @@ def _kernel(
     softmax = tile.walk(bounds, visit, tile.empty_softmax(block.block_q, width))
     output, logsumexp = tile.finish(softmax, scale2)
     queries.store(output_ref, head, head_dim, output)
-    queries.store_vector(logsumexp_ref, head, logsumexp)
+    queries.store_original_vector(logsumexp_ref, head, logsumexp)

@@ -46,8 +46,8 @@ def forward(
         def one_tile(tile_inputs):
             rows, low, high, bounds = tile_inputs
 
-            def visit(j, softmax, masked):
-                mask, has_query = head.mask(j, low, high) if masked else (None, None)
+            def visit(j, softmax, edge):
+                mask, has_query = head.mask(j, low, high) if edge else (None, None)
                 value_tile = _silenced(head.key_tile(values, j), has_query)
                 return tile.add_keys(softmax, rows, head.key_tile(keys, j), value_tile, mask, scale2, _dot)
 
@@ -66,9 +66,10 @@ def backward(
     key: jax.Array,
     value: jax.Array,
     index: SparseIndex,
+    output: jax.Array,
     logsumexp: jax.Array,
     output_gradient: jax.Array,
-    delta: jax.Array,
+    logsumexp_gradient: jax.Array,
     *,
     scale: float,
     block: Tile,
@@ -81,21 +82,25 @@ def backward(
 
     def one_query_head(b: jax.Array, n: jax.Array, keys_gradient):
         head = _Head.read(index, bounds, b, n, num_heads, block)
-        lse = head.query_vector(logsumexp[b, n], jnp.inf)
+        lse = head.query_vector(logsumexp[b, n], -jnp.inf)
         has_key = lse != -jnp.inf
-        queries, cotangents = (_silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output_gradient))
+        queries, outputs, cotangents = (
+            _silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output, output_gradient)
+        )
+        lse_cotangents = head.query_vector(logsumexp_gradient[b, n], 0)
+        deltas = jnp.where(has_key, tile.delta(outputs, cotangents, lse_cotangents), 0.0)
         keys, values = (head.sorted_keys(x[b, :, n // group]) for x in (key, value))
 
         def one_tile(keys_gradient, tile_inputs):
             rows, cotangent, lse, delta, low, high, bounds = tile_inputs
 
-            def visit(j, carry, masked):
+            def visit(j, carry, edge):
                 dq, dk, dv = carry
-                mask, has_query = head.mask(j, low, high) if masked else (None, None)
-                key_tile = _silenced(head.key_tile(keys, j), has_query)
+                mask, has_query = head.mask(j, low, high) if edge else (None, None)
+                key_tile, value_tile = (_silenced(head.key_tile(x, j), has_query) for x in (keys, values))
                 weights, score_gradient = tile.weights_and_score_gradient(
                     _dot(rows, key_tile.T),
-                    _dot(cotangent, head.key_tile(values, j).T),
+                    _dot(cotangent, value_tile.T),
                     lse[:, None],
                     delta[:, None],
                     mask,
@@ -116,8 +121,8 @@ def backward(
         inputs = (
             queries,
             cotangents,
-            lse,
-            head.query_vector(delta[b, n], 0),
+            jnp.where(has_key, lse, jnp.inf),
+            deltas,
             head.low,
             head.high,
             head.bounds,
@@ -213,7 +218,7 @@ class _Head:
     def mask(self, j: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The allowed pairs of a tile, and which of its keys have any."""
         code = self.key_tile(self.code, j)
-        mask = tile.allowed(code[None, :], low[:, None], high[:, None])
+        mask = (code[None, :] >= low[:, None]) & (code[None, :] <= high[:, None])
         return mask, mask.any(axis=0)
 
     def original_queries(self, tiles: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.inputs import Inputs
 
-BOUNDS = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 2.0**-14}
+BOUNDS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-14}
 QUERY_ROWS = 256
 KEY_ROWS = 128
 _BLOCK = 256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from scfa_jax import _checks, tiling
 from scfa_jax import index as indices
-from scfa_jax.index import SparseIndex
+from scfa_jax.index import Implementation, SparseIndex
 from scfa_jax.kernels import _compat, xla
 from scfa_jax.tiling import BlockSizes
 
@@ -25,7 +24,7 @@ def causal_attention(
     *,
     query_offset: jax.Array | int = 0,
     scale: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -63,7 +62,7 @@ def hash_sparse_attention(
     num_buckets: int | None = None,
     query_offset: jax.Array | int = 0,
     scale: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -103,6 +102,7 @@ def hash_sparse_attention(
         query_offset=query_offset,
         query_length=_checks.length("query", query),
         key_length=_checks.length("key", key),
+        implementation=implementation,
     )
     return _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual)
 
@@ -116,7 +116,7 @@ def qk_sparse_attention(
     *,
     query_offset: jax.Array | int = 0,
     scale: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -147,6 +147,7 @@ def qk_sparse_attention(
         query_offset=query_offset,
         query_length=_checks.length("query", query),
         key_length=_checks.length("key", key),
+        implementation=implementation,
     )
     return _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual)
 
@@ -159,7 +160,7 @@ def range_attention(
     key_stop: jax.Array,
     *,
     scale: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -193,7 +194,7 @@ def sparse_attention(
     index: SparseIndex,
     *,
     scale: float | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -257,7 +258,7 @@ class _Options:
     blocks: BlockSizes | None
 
 
-def _choose(implementation: str | Sequence[str] | None, head_dim: int) -> str | None:
+def _choose(implementation: Implementation, head_dim: int) -> str | None:
     """The first implementation that can do it, or None to leave the choice to the platform."""
     if implementation is None:
         return None if _compat.has_triton() and _triton_problem(head_dim) is None else "xla"

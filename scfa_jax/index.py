@@ -8,15 +8,20 @@ attends to nothing has `low > high`. All builders work on traced arrays and give
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks
+from scfa_jax import _checks, search
+from scfa_jax.kernels import _compat
 
 NEVER = np.int32(2**31 - 1)
+
+Implementation = str | Sequence[str] | None
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +40,7 @@ class SparseIndex:
         high: int32 `[B, N, T]`, the last code, inclusive.
         ascending: Whether `high` ascends too, so that the ends of a tile bound all of it. Static.
         all_met: Whether every key that no query attends to is known to have the code `NEVER`. Static.
+        density: Share of the causal pairs that are allowed, roughly: a hint for the choice of tile sizes. Static.
     """
 
     key_order: jax.Array | None
@@ -44,6 +50,7 @@ class SparseIndex:
     high: jax.Array
     ascending: bool = dataclasses.field(default=True, metadata={"static": True})
     all_met: bool = dataclasses.field(default=False, metadata={"static": True})
+    density: float = dataclasses.field(default=0.1, metadata={"static": True})
 
     @property
     def query_length(self) -> int:
@@ -110,6 +117,7 @@ def causal_index(query_length: int, key_length: int, *, query_offset: jax.Array 
         low=jnp.zeros_like(high),
         high=high,
         all_met=True,
+        density=1.0,
     )
 
 
@@ -122,6 +130,7 @@ def hash_index(
     query_offset: jax.Array | int = 0,
     query_length: int | None = None,
     key_length: int | None = None,
+    implementation: Implementation = None,
 ) -> SparseIndex:
     """Every query attends to all keys of its bucket at or before its position.
 
@@ -134,6 +143,7 @@ def hash_index(
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         query_length: Number of queries, where the axis of `query_hash` is 1.
         key_length: Number of keys, where the axis of `key_hash` is 1.
+        implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels sort on a GPU.
 
     Returns:
         The index.
@@ -152,15 +162,17 @@ def hash_index(
     key_id = _per_head("key_hash", key_hash, jnp.int32, key_length)
     _check_sides(query_id, key_id, "query_hash", "key_hash")
     longest = max(query_id.shape[-1], key_id.shape[-1], 1)
-    aligned = shared and isinstance(query_offset, int) and query_offset == 0
+    is_aligned = isinstance(query_offset, int) and query_offset == 0 and query_id.shape[-1] == key_id.shape[-1]
     if num_buckets is not None and num_buckets * longest < 2**31:
-        index = _packed_hash_index(query_id, None if shared else key_id, offset, exclude_self)
-    elif aligned:
+        sort = functools.partial(_sorted_codes, num_buckets=num_buckets, implementation=implementation)
+        index = _packed_hash_index(query_id, None if shared else key_id, sort, offset, exclude_self)
+    elif shared and is_aligned:
         index = _shared_rank_hash_index(query_id, exclude_self)
     else:
-        index = _joint_rank_hash_index(query_id, key_id, offset, exclude_self)
+        index = _rank_hash_index(query_id, key_id, offset, exclude_self, implementation)
     # Then the query at its own position attends to every key.
-    return dataclasses.replace(index, all_met=aligned and not exclude_self)
+    all_met = shared and is_aligned and not exclude_self
+    return dataclasses.replace(index, all_met=all_met, density=1 / (num_buckets or 16))
 
 
 def keep_index(
@@ -170,6 +182,7 @@ def keep_index(
     query_offset: jax.Array | int = 0,
     query_length: int | None = None,
     key_length: int | None = None,
+    implementation: Implementation = None,
 ) -> SparseIndex:
     """Every kept query attends to all kept keys at or before its position; dropped queries to nothing.
 
@@ -179,6 +192,7 @@ def keep_index(
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         query_length: Number of queries, where the axis of `query_keep` is 1.
         key_length: Number of keys, where the axis of `key_keep` is 1.
+        implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels sort on a GPU.
 
     Returns:
         The index: kept rows first, by position, and dropped rows after them.
@@ -193,8 +207,8 @@ def keep_index(
     _check_sides(query_keep, key_keep, "query_keep", "key_keep")
     query_length, key_length = query_keep.shape[-1], key_keep.shape[-1]
 
-    key_order, key_kept = _kept_first(key_keep)
-    query_order, query_kept = _kept_first(query_keep)
+    key_order, key_kept = _kept_first(key_keep, implementation)
+    query_order, query_kept = _kept_first(query_keep, implementation)
     high = _last_position(offset, query_order, key_length)
     # Dropped queries come last; repeating the largest `high` keeps the row ascending.
     last_high = jnp.max(jnp.where(query_kept, high, -1), axis=-1, keepdims=True, initial=-1)
@@ -205,6 +219,7 @@ def keep_index(
         low=jnp.where(query_kept, 0, NEVER),
         high=jnp.where(query_kept, high, last_high),
         all_met=True,
+        density=0.25,
     )
 
 
@@ -250,16 +265,15 @@ def range_index(
 
 
 def _packed_hash_index(
-    query_id: jax.Array, key_id: jax.Array | None, offset: jax.Array, exclude_self: bool
+    query_id: jax.Array, key_id: jax.Array | None, sort, offset: jax.Array, exclude_self: bool
 ) -> SparseIndex:
     """Sorts (bucket, position) packed into one int32, which is the code as well."""
     query_length = query_id.shape[-1]
-    sorted_query = jax.lax.sort(query_id * query_length + _iota(query_length), is_stable=False)
     if key_id is None:
-        key_length, sorted_key = query_length, sorted_query
+        sorted_query = sorted_key = sort(query_id)
     else:
-        key_length = key_id.shape[-1]
-        sorted_key = jax.lax.sort(key_id * key_length + _iota(key_length), is_stable=False)
+        sorted_query, sorted_key = _both(sort, query_id, key_id)
+    key_length = sorted_key.shape[-1]
     low = jax.lax.div(sorted_query, _length(query_length)) * key_length
     query_order = jax.lax.rem(sorted_query, _length(query_length))
     return SparseIndex(
@@ -274,7 +288,7 @@ def _packed_hash_index(
 def _shared_rank_hash_index(ids: jax.Array, exclude_self: bool) -> SparseIndex:
     """Both sides have the same ids at the same positions: the code is the rank of one stable sort."""
     rank = _iota_like(ids)
-    sorted_id, order = jax.lax.sort((ids, rank), num_keys=1, is_stable=True)
+    sorted_id, order = _sorted_ids(ids)
     return SparseIndex(
         key_order=order,
         key_code=rank,
@@ -284,57 +298,87 @@ def _shared_rank_hash_index(ids: jax.Array, exclude_self: bool) -> SparseIndex:
     )
 
 
-def _joint_rank_hash_index(
-    query_id: jax.Array, key_id: jax.Array, offset: jax.Array, exclude_self: bool
+def _rank_hash_index(
+    query_id: jax.Array, key_id: jax.Array, offset: jax.Array, exclude_self: bool, implementation: Implementation
 ) -> SparseIndex:
-    """One sort of all ids of a key head and its query heads; the code is the key's rank in it.
-
-    Walking through keys and queries in (bucket, position) order, the number of keys passed so far is the rank of
-    a key, the end of a query's range, and, where a bucket begins, the start of the ranges of its queries.
-    """
+    """Any ids on both sides: the code is the key's rank, and each query looks up where its range begins and ends."""
     batch = max(query_id.shape[0], key_id.shape[0], offset.shape[0])
-    key_heads, (query_length, key_length) = key_id.shape[1], (query_id.shape[-1], key_id.shape[-1])
-    group = max(query_id.shape[1] // key_heads, 1)
-    query_id = jnp.broadcast_to(query_id, (batch, key_heads * group, query_length))
-    key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_length))
-
-    # A key comes just before the query of its position, or just after it if the query excludes it.
-    position = jnp.clip(offset + _iota(query_length), -1, key_length)
-    query_time = jnp.tile(2 * position + int(not exclude_self), (1, 1, group))
-    key_time = 2 * _iota(key_length) + int(exclude_self)
-    ids = jnp.concatenate([key_id, query_id.reshape(batch, key_heads, group * query_length)], -1)
-    time = jnp.concatenate(
-        [
-            jnp.broadcast_to(key_time, key_id.shape),
-            jnp.broadcast_to(query_time, (batch, key_heads, group * query_length)),
-        ],
-        -1,
-    )
-    sorted_id, _, item = jax.lax.sort((ids, time, _iota_like(ids)), num_keys=2, is_stable=True)
-
-    is_key = item < key_length
-    keys_passed = jnp.cumsum(is_key, axis=-1, dtype=jnp.int32)
-    low = _run_start(sorted_id, keys_passed - is_key)
-    high = keys_passed - 1
-
-    # Take the two sides apart again, each in sorted order.
-    slot = keys_passed - 1
-    for g in range(group):
-        first = key_length + g * query_length
-        is_query = (item >= first) & (item < first + query_length)
-        slot = jnp.where(is_query, first - 1 + jnp.cumsum(is_query, axis=-1, dtype=jnp.int32), slot)
-    item, low, high = (_put(x, slot) for x in (item, low, high))
-
-    def queries(x: jax.Array) -> jax.Array:
-        return x[..., key_length:].reshape(batch, key_heads * group, query_length)
-
+    heads, key_heads = max(query_id.shape[1], key_id.shape[1]), key_id.shape[1]
+    query_id = jnp.broadcast_to(query_id, (batch, heads, query_id.shape[-1]))
+    key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_id.shape[-1]))
+    key_length = key_id.shape[-1]
+    (query_id, query_order), (key_id, key_order) = _both(_sorted_ids, query_id, key_id)
+    last_position = _last_position(offset - int(exclude_self), query_order, key_length)
+    low, high = _key_ranges(query_id, last_position, key_id, key_order, implementation)
     return SparseIndex(
-        key_order=item[..., :key_length],
-        key_code=jnp.broadcast_to(_iota(key_length), key_id.shape),
-        query_order=jax.lax.rem(queries(item) - key_length, _length(query_length)),
-        low=queries(low),
-        high=queries(high),
+        key_order=key_order,
+        key_code=_iota_like(key_id),
+        query_order=query_order,
+        low=low,
+        high=high,
     )
+
+
+def _key_ranges(
+    query_id: jax.Array,
+    last_position: jax.Array,
+    key_id: jax.Array,
+    key_position: jax.Array,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """As `search.key_ranges`; the keys may have fewer heads."""
+    operands = (query_id, last_position, key_id, key_position)
+    if query_id.size == 0 or key_id.size == 0:
+        return jnp.zeros_like(query_id), jnp.full_like(query_id, -1)
+
+    def plain(query_id, last_position, *keys):
+        return search.key_ranges(
+            query_id, last_position, *(jnp.repeat(x, query_id.shape[1] // x.shape[1], axis=1) for x in keys)
+        )
+
+    if not _wants_kernels(implementation):
+        return plain(*operands)
+    from scfa_jax.kernels import triton_search
+
+    by_kernel = functools.partial(triton_search.key_ranges, interpret=False)
+    return jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain)
+
+
+def _both(sort, query_id: jax.Array, key_id: jax.Array):
+    """Sorts the ids of both sides: at once where they are alike, since a sort costs mostly its kernel launches."""
+    if query_id.shape != key_id.shape:
+        return sort(query_id), sort(key_id)
+    both, batch = sort(jnp.concatenate([query_id, key_id])), query_id.shape[0]
+    return jax.tree.map(lambda x: x[:batch], both), jax.tree.map(lambda x: x[batch:], both)
+
+
+def _sorted_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The ids `[B, N, L]` in ascending order, and the position of each, ascending among equal ids."""
+    sorted_ids, order = jax.lax.sort((ids, _iota_like(ids)), num_keys=1, is_stable=True)
+    return sorted_ids, order
+
+
+def _wants_kernels(implementation: Implementation) -> bool:
+    """Whether small kernels may prepare the index where the code is compiled for CUDA."""
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    return _compat.has_triton() and (names is None or "triton" in names)
+
+
+def _sorted_codes(ids: jax.Array, num_buckets: int, implementation: Implementation) -> jax.Array:
+    """Sorts `[B, N, L]` rows by (bucket, position), both packed into one int32: `id * L + position`."""
+    ids = jnp.clip(ids, 0, num_buckets - 1)  # so that a broken promise stays within memory
+
+    def by_comparison(ids):
+        return jax.lax.sort(ids * ids.shape[-1] + _iota(ids.shape[-1]), is_stable=False)
+
+    if ids.size == 0 or not _wants_kernels(implementation):
+        return by_comparison(ids)
+    from scfa_jax.kernels import triton_sort  # here, so that a JAX without the backend can import the rest
+
+    if num_buckets > triton_sort.MAX_BUCKETS:
+        return by_comparison(ids)
+    by_counting = functools.partial(triton_sort.sorted_codes, num_buckets=num_buckets, interpret=False)
+    return jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison)
 
 
 def _run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
@@ -343,15 +387,10 @@ def _run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(begins, value, 0), axis=value.ndim - 1)
 
 
-def _put(x: jax.Array, slot: jax.Array) -> jax.Array:
-    """Moves element `i` to `slot[i]` along the last axis; `slot` is a permutation."""
-    return jnp.put_along_axis(jnp.zeros_like(x), slot, x, axis=-1, inplace=False)
-
-
-def _kept_first(keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Array, jax.Array]:
     """Order of rows with the kept ones first, by position, and whether each row in it is kept."""
     length = keep.shape[-1]
-    packed = jax.lax.sort(_iota(length) + jnp.where(keep, 0, length).astype(jnp.int32), is_stable=False)
+    packed = _sorted_codes(jnp.where(keep, 0, 1).astype(jnp.int32), 2, implementation)
     kept = packed < length
     return jnp.where(kept, packed, packed - length), kept
 

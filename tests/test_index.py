@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scfa_jax
+from scfa_jax import search
 from scfa_jax.index import NEVER, SparseIndex
+from scfa_jax.kernels import triton_search
 
 
 def build(pattern: str, case: Case) -> SparseIndex:
@@ -104,3 +106,36 @@ def test_dropped_rows_come_last():
     np.testing.assert_array_equal(index.key_code[0, 0], [1, 3, NEVER, NEVER])
     np.testing.assert_array_equal(index.low[0, 0], [0, 0, NEVER, NEVER])
     np.testing.assert_array_equal(index.high[0, 0], [1, 3, 3, 3])
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_the_kernel_finds_the_ranges_that_plain_search_finds(heads):
+    rng = np.random.default_rng(0)
+    query_id, key_id = (
+        np.sort(rng.integers(-3, 3, (2, n, size)).astype(np.int32)) for n, size in zip(heads, (90, 70), strict=True)
+    )
+    last = np.sort(rng.integers(-1, 70, (2, heads[0], 90)).astype(np.int32))
+    position = np.argsort(rng.random((2, heads[1], 70)) + 10 * key_id).astype(np.int32)
+    position = np.sort(position + 1000 * key_id) - 1000 * key_id  # ascending among equal ids
+    got = triton_search.key_ranges(query_id, last, key_id, position.astype(np.int32), interpret=True)
+    repeated = (np.repeat(x, heads[0] // heads[1], axis=1) for x in (key_id, position.astype(np.int32)))
+    for one, other in zip(got, search.key_ranges(query_id, last, *repeated), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("pattern", ["hash", "shared_hash", "range"])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data):
+    case = data.draw(drawn_cases(pattern))
+    index = build(pattern, case)
+    if 0 in (index.query_length, index.key_length):
+        return
+    marked = np.asarray(triton_search.marked_codes(index, interpret=True))
+    batch, key_heads, key_length = marked.shape
+    attended = as_mask(index).any(axis=2)  # [B, N, S], in original order
+    attended = np.broadcast_to(attended, (batch, *attended.shape[1:]))
+    attended = attended.reshape(batch, key_heads, -1, key_length).any(axis=2)
+    if index.key_order is not None:
+        attended = np.take_along_axis(attended, np.broadcast_to(index.key_order, marked.shape), axis=2)
+    np.testing.assert_array_equal(marked, np.where(attended, index.key_code, NEVER))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile, triton_marks
+from scfa_jax.kernels import _compat, tile, triton_search
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import BlockSizes, Tile
 
@@ -54,7 +54,7 @@ def backward(
     """
     batch, query_length, num_heads, head_dim = query.shape
     key_length, key_heads = key.shape[1:3]
-    code = triton_marks.marked_codes(index, interpret=interpret)
+    code = triton_search.marked_codes(index, interpret=interpret)
     ranges = (index.low, index.high, code, index.query_order, index.key_order)
 
     def call(kernel, block, grid, vectors, arrays, vectors_out, arrays_out, name):

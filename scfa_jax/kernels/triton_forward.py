@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile, triton_marks
+from scfa_jax.kernels import _compat, tile, triton_search
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
 from scfa_jax.tiling import Tile
 
@@ -41,7 +41,7 @@ def forward(
     """
     batch, query_length, num_heads, head_dim = query.shape
     bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
-    code = triton_marks.marked_codes(index, interpret=interpret)
+    code = triton_search.marked_codes(index, interpret=interpret)
     operands = (bounds, index.low, index.high, code, index.query_order, index.key_order)
     kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)
     rows = padded_head_spec(query.shape, 2)

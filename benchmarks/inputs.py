@@ -108,8 +108,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
-    draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype))
-    return tuple(draw(part) for part in jax.random.split(key, 4))
+    return tuple(jax.random.normal(part, shape, dtype) for part in jax.random.split(key, 4))
 
 
 def _bucket_ids(rng: np.random.Generator, case: Case, tokens: tuple[int, ...]) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.breakeven import Curve, break_evens, curves
 from benchmarks.calls import OURS
@@ -58,11 +59,16 @@ def _draw_time(figure: Figure, rows: Sequence[dict[str, Any]]) -> bool:
                 name = record["baseline"]
         lines = {label: points for label, points in lines.items() if len(points) > 1}
         if lines and len(baseline) > 1:
-            axes.plot(*_sorted(baseline), "k--o", markersize=4, label=f"{name}, dense causal")
+            axes.plot(
+                *_sorted(baseline),
+                "k--o",
+                markersize=4,
+                label="dense causal, plain JAX" if name == "dense" else f"dense causal, {name}",
+            )
         for label, points in lines.items():
             axes.plot(*_sorted(points), "-o", markersize=4, label=f"{OURS}, {label}")
         drawn = drawn or bool(lines)
-        _log_scales(axes)
+        _log_scales(axes, lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
         axes.set_xlabel("tokens in a sequence")
         axes.set_title(which, fontsize="medium")
         if lines:
@@ -79,7 +85,7 @@ def _draw_density(figure: Figure, rows: Sequence[dict[str, Any]]) -> bool:
             if curve.which == which:
                 _draw_curve(axes, curve, marks_break_even=curve in with_break_even)
         axes.axhline(1, color="black", linewidth=0.8)
-        _log_scales(axes)
+        _log_scales(axes, lambda x, _: f"{x:g}")
         axes.set_xlabel("density: allowed pairs / causal pairs")
         axes.set_title(which, fontsize="medium")
         if axes.get_legend_handles_labels()[0]:
@@ -107,7 +113,11 @@ def _sorted(points: dict[int, float]) -> tuple[list[int], list[float]]:
     return lengths, [points[length] for length in lengths]
 
 
-def _log_scales(axes: Axes) -> None:
+def _log_scales(axes: Axes, x_label: Callable[[float, float], str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    axes.xaxis.set_major_formatter(x_label)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)

@@ -53,6 +53,9 @@ def _rows(results: dict[str, Any]) -> list[str]:
     targets = [r["target"]["met"] for row in rows for r in row["passes"].values() if "target" in r]
     if targets:
         lines += ["", f"{targets.count(True)} of {len(targets)} targets met (speed-ups within 3%)."]
+    peers = [text for row in rows for text in _peer_lines(row)]
+    if peers:
+        lines += ["", "Peers, on the same shapes (tokamax_ranges: the kernel alone, on ready-made ranges):", "", *peers]
     found = break_evens(rows)
     if found:
         lines += ["", "Break-even with the baseline, as a share of the causal pairs:", ""]
@@ -80,6 +83,17 @@ def _cells(row: dict[str, Any], baseline: str) -> list[str]:
         f"{max(errors):.1e}" if errors else "-",
     ]
     return cells
+
+
+def _peer_lines(row: dict[str, Any]) -> list[str]:
+    lines = []
+    for which, record in row["passes"].items():
+        others = {name: milliseconds(record, name) for name in record["times"] if name != record.get("baseline")}
+        ours = others.pop(OURS, None)
+        known = [f"{name} {_number(time)} ms" for name, time in others.items() if time is not None]
+        if known:
+            lines.append(f"- {row['name']}, {which}: {OURS} {_number(ours)} ms, {', '.join(known)}")
+    return lines
 
 
 def _target(record: dict[str, Any]) -> str:

@@ -103,6 +103,9 @@ def _measure_all(options: Options, cases: Sequence[Case], record: dict[str, Any]
             results.write(file, record)
             tqdm.tqdm.write(f"[{len(record['rows'])}/{len(cases)}] {report.line(row)}")
             bar.update()
+    if not record["left_out"]:
+        record["left_out_because"] = None
+    results.write(file, record)
 
 
 def _finish(record: dict[str, Any], file: Path) -> None:

@@ -44,6 +44,7 @@ def take_turns(
     *,
     samples: int,
     min_seconds: float = 0.02,
+    max_seconds: float = 120,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Exception]]:
     """Times functions side by side: one sample of each in turn, so that drifts of the clock hit all of them.
 
@@ -51,6 +52,7 @@ def take_turns(
         functions: By name: a compiled function and its sets of arguments, which take turns from call to call.
         samples: Number of samples of each function.
         min_seconds: A sample takes at least about so long, in as many calls as that needs.
+        max_seconds: A function that has taken so long in all is left with the samples it has, if they are three.
 
     Returns:
         By name: median, quartiles and samples in milliseconds a call, and the calls of a sample; and by name the
@@ -61,8 +63,7 @@ def take_turns(
     errors: dict[str, Exception] = {}
     for name, (function, sets) in functions.items():
         try:
-            _seconds_per_call(function, sets, len(sets))
-            estimate = _seconds_per_call(function, sets, len(sets))
+            estimate = _warm_up(function, sets)
         except Exception as error:
             errors[name] = error
             continue
@@ -72,7 +73,7 @@ def take_turns(
         times[name] = []
     for sample in range(samples):
         for name, calls in counts.items():
-            if name in errors:
+            if name in errors or (sample >= 3 and sum(times[name]) / 1e3 * calls > max_seconds):
                 continue
             function, sets = functions[name]
             try:
@@ -90,6 +91,15 @@ def summary(milliseconds: Sequence[float]) -> dict[str, Any]:
     )
     samples = [round(x, 5) for x in milliseconds]
     return {"median_ms": median, "lower_quartile_ms": low, "upper_quartile_ms": high, "samples_ms": samples}
+
+
+def _warm_up(function: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> float:
+    """Calls a function until it is warm, and returns seconds a call."""
+    first = _seconds_per_call(function, sets, 1)
+    if first > 1:  # nothing that comes with a first call matters beside this
+        return first
+    _seconds_per_call(function, sets, len(sets))
+    return _seconds_per_call(function, sets, len(sets))
 
 
 def _seconds_per_call(function: Callable[..., Any], sets: Sequence[Sequence[Any]], calls: int, first: int = 0) -> float:

@@ -21,6 +21,9 @@ _DERIVED_LINES = ("XLA ", "Steps", "Framework ", "Source", "Async ", "Launch Sta
 def kernel_times(function: Callable[..., Any], *args: Any, calls: int = 5) -> list[KernelTime]:
     """Profiles a jitted function.
 
+    Where a GPU's listing shows launches of graphs in place of kernels, set XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    (to nothing), which makes XLA launch kernels one by one.
+
     Args:
         function: What to call; it is called twice beforehand, so that compiling is not measured.
         *args: Its arguments.
@@ -33,28 +36,41 @@ def kernel_times(function: Callable[..., Any], *args: Any, calls: int = 5) -> li
     """
     for _ in range(2):
         jax.block_until_ready(function(*args))
+
+    def all_calls():
+        for _ in range(calls):
+            results = function(*args)
+        jax.block_until_ready(results)
+
+    counts: dict[str, int] = defaultdict(int)
+    milliseconds: dict[str, float] = defaultdict(float)
+    for name, duration in kernel_timeline(all_calls):
+        counts[name] += 1
+        milliseconds[name] += duration
+    times = [(name, round(counts[name] / calls), milliseconds[name] / calls) for name in counts]
+    if not times and jax.default_backend() == "gpu":
+        raise RuntimeError("the profiler saw no kernel on a GPU: is CUPTI allowed to trace here?")
+    return sorted(times, key=lambda row: -row[2])
+
+
+def kernel_timeline(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Profiles what `run` does, which must wait for its results.
+
+    Returns:
+        `(kernel name, milliseconds)` of everything that `kernel_times` counts, in order of time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(calls):
-                results = function(*args)
-            jax.block_until_ready(results)
-            del results
+            run()
         files = sorted(Path(folder).rglob("*.xplane.pb"))
         if not files:
             raise RuntimeError("the profiler wrote no trace")
-        counts: dict[str, int] = defaultdict(int)
-        nanoseconds: dict[str, float] = defaultdict(float)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*has no __module__ attribute", category=DeprecationWarning)
-            for name, duration in _events(jax.profiler.ProfileData.from_file(str(files[-1]))):
-                counts[name] += 1
-                nanoseconds[name] += duration
-    times = [(name, round(counts[name] / calls), nanoseconds[name] / calls / 1e6) for name in counts]
-    if not times and jax.default_backend() == "gpu":
-        raise RuntimeError("the profiler saw no kernel on a GPU: is CUPTI allowed to trace here?")
-    return sorted(times, key=lambda row: -row[2])
+            events = sorted(_events(jax.profiler.ProfileData.from_file(str(files[-1]))))
+    return [(name, nanoseconds / 1e6) for _, name, nanoseconds in events]
 
 
 def total(times: Sequence[KernelTime]) -> float:
@@ -82,8 +98,8 @@ def short_name(name: str) -> str:
     return name or before or "?"
 
 
-def _events(profile: Any) -> Iterator[tuple[str, float]]:
-    """Names and nanoseconds of what ran on the devices: on GPUs if there are any, else on the host."""
+def _events(profile: Any) -> Iterator[tuple[float, str, float]]:
+    """Starts, names and nanoseconds of what ran on the devices: on GPUs if there are any, else on the host."""
     planes = list(profile.planes)
     gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     if gpus or jax.default_backend() == "gpu":
@@ -95,12 +111,12 @@ def _events(profile: Any) -> Iterator[tuple[str, float]]:
             for line in plane.lines:
                 for event in line.events:
                     if any(stat[0] == "hlo_op" for stat in event.stats):
-                        yield event.name, event.duration_ns
+                        yield event.start_ns, event.name, event.duration_ns
 
 
-def _stream_events(plane: Any) -> Iterator[tuple[str, float]]:
+def _stream_events(plane: Any) -> Iterator[tuple[float, str, float]]:
     lines = list(plane.lines)
     streams = [line for line in lines if line.name.startswith("Stream")]
     for line in streams or [line for line in lines if not line.name.startswith(_DERIVED_LINES)]:
         for event in line.events:
-            yield short_name(event.name), event.duration_ns
+            yield event.start_ns, short_name(event.name), event.duration_ns

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from scfa_jax import _checks, tiling
+from scfa_jax import _checks
+from scfa_jax import block_sizes as defaults
 from scfa_jax import index as indices
 from scfa_jax.index import Implementation, SparseIndex
 from scfa_jax.kernels import _compat, xla
@@ -377,8 +378,8 @@ def _blocks_for(implementation: str, options: _Options, query, key, index) -> Bl
     if options.blocks is not None:
         return options.blocks
     if implementation == "xla":
-        blocks = tiling.xla_block_sizes()
+        blocks = defaults.xla_block_sizes()
     else:
-        is_dense = index.key_order is None and index.ascending
-        blocks = tiling.triton_block_sizes(query.shape[3], query.dtype, is_dense=is_dense)
+        memory = defaults.shared_memory(_compat.gpu_kind())
+        blocks = defaults.triton_block_sizes(query.shape[3], query.dtype, index.density, memory)
     return blocks.fit(query.shape[1], key.shape[1])

@@ -42,9 +42,11 @@ class Tile:
 
     def fit(self, query_length: int, key_length: int) -> Tile:
         """Returns a tile no larger than the (padded) sequences."""
-        block_q = min(self.block_q, max(16, _next_power_of_two(query_length)))
-        block_k = min(self.block_k, max(16, _next_power_of_two(key_length)))
-        return Tile(block_q, block_k, self.num_warps, self.num_stages)
+        block_q = min(self.block_q, max(16, next_power_of_two(query_length)))
+        block_k = min(self.block_k, max(16, next_power_of_two(key_length)))
+        # A tile of one sequence's leftovers has too little work for many warps.
+        num_warps = self.num_warps if (block_q, block_k) == (self.block_q, self.block_k) else min(4, self.num_warps)
+        return Tile(block_q, block_k, num_warps, self.num_stages)
 
 
 @dataclass(frozen=True)
@@ -58,32 +60,6 @@ class BlockSizes:
     def fit(self, query_length: int, key_length: int) -> BlockSizes:
         """Returns tiles no larger than the (padded) sequences."""
         return BlockSizes(*(t.fit(query_length, key_length) for t in (self.forward, self.dq, self.dkv)))
-
-
-def triton_block_sizes(head_dim: int, dtype, *, is_dense: bool) -> BlockSizes:
-    """Returns block sizes that suit the head size, the dtype and the density on a recent NVIDIA GPU.
-
-    Args:
-        head_dim: Width `H` of a head.
-        dtype: dtype of query, key and value.
-        is_dense: Whether the pattern is dense causal rather than sparse.
-    """
-    row_bytes = _next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
-    if row_bytes <= 128 and is_dense:
-        return BlockSizes(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
-    if row_bytes <= 128:
-        return BlockSizes(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
-    if row_bytes <= 256:
-        return BlockSizes(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-    if row_bytes <= 512:
-        return BlockSizes(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
-    return BlockSizes(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-
-
-def xla_block_sizes() -> BlockSizes:
-    """Returns block sizes for the plain JAX loops: large enough that a tile outweighs a loop's step on a CPU."""
-    tile = Tile(128, 128)
-    return BlockSizes(tile, tile, tile)
 
 
 def num_tiles(length: int, block: int) -> int:
@@ -215,5 +191,6 @@ def _nested(start: jax.Array, full_start: jax.Array, full_stop: jax.Array, stop:
     return jnp.stack([start, full_start, full_stop, stop], axis=-1)
 
 
-def _next_power_of_two(x: int) -> int:
+def next_power_of_two(x: int) -> int:
+    """The least power of two that is not below `x`."""
     return 1 << max(x - 1, 0).bit_length()

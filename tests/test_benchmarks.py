@@ -276,4 +276,4 @@ def test_gpu_streams_are_told_from_derived_lines():
     lines = [thing("XLA Ops", events=[kernel]), thing("Stream #13(Compute)", events=[kernel, kernel])]
     host = thing("/host:CPU", lines=[thing("python", events=[kernel])])
     seen = [event[-2:] for event in profile._events(thing(planes=[host, thing("/device:GPU:0", lines=lines)]))]
-    assert seen == [("a::kernel", 1000.0)] * 2
+    assert seen == [(5.0, "a::kernel", 1000.0)] * 2

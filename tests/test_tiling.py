@@ -95,15 +95,3 @@ def test_a_tile_must_be_a_power_of_two_of_at_least_16(sizes):
 def test_tiles_shrink_to_short_sequences():
     blocks = BlockSizes(Tile(128, 64), Tile(64, 64), Tile(16, 32)).fit(20, 3)
     assert blocks == BlockSizes(Tile(32, 16), Tile(32, 16), Tile(16, 16))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-@pytest.mark.parametrize("is_dense", [True, False])
-def test_default_tiles_fit_into_the_shared_memory_of_an_h100(head_dim, dtype, is_dense):
-    blocks = tiling.triton_block_sizes(head_dim, dtype, is_dense=is_dense)
-    row = (1 << (head_dim - 1).bit_length()) * jnp.dtype(dtype).itemsize
-    forward, dq, dkv = blocks.forward, blocks.dq, blocks.dkv
-    assert row * (forward.block_q + 2 * forward.num_stages * forward.block_k) <= 227 * 1024
-    assert row * (2 * dq.block_q + 2 * dq.num_stages * dq.block_k) <= 227 * 1024
-    assert row * (2 * dkv.block_k + 2 * dkv.num_stages * dkv.block_q) <= 227 * 1024

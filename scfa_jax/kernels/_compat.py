@@ -15,13 +15,23 @@ def has_triton() -> bool:
 
 def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU here, or an abstract one in context to lower for."""
+    device = _gpu()
+    return device is not None and device.platform in ("gpu", "cuda")
+
+
+def gpu_kind() -> str:
+    """The name of the GPU that has_gpu found, or an empty one."""
+    return _gpu().device_kind if has_gpu() else ""
+
+
+def _gpu():
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
-        return device.platform in ("gpu", "cuda")
+        return device
     try:
-        return jax.devices("gpu")[0].platform in ("gpu", "cuda")
+        return jax.devices("gpu")[0]
     except RuntimeError:
-        return False
+        return None
 
 
 def triton_call(kernel, *, tile, interpret: bool, **options):

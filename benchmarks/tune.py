@@ -1,0 +1,196 @@
+"""`python -m benchmarks.tune` searches for the fastest tiles on this GPU; `--write` puts them into the library.
+
+Every candidate runs the forward and the backward pass at one shape of each head size, dtype and density, and is
+timed kernel by kernel, since the three kernels are tuned apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import scfa_jax
+from benchmarks.profile import kernel_timeline
+from scfa_jax import BlockSizes, Tile, block_sizes
+
+KERNELS = ("scfa_forward", "scfa_dq", "scfa_dkv")
+TABLE = Path(block_sizes.__file__).with_name("block_table.py")
+LENGTH, COLUMNS = 16_384, 768
+CALLS = 4
+
+Key = tuple[int, int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the search.
+
+    Attributes:
+        out: File for the times of all candidates, JSON lines.
+        write: Whether to write the winners into the library's table.
+        time_limit: Seconds after which no new head size is begun; the table keeps what it had for the others.
+        widths: Head sizes.
+        itemsizes: Bytes per number: 2 is bfloat16, 4 float32.
+    """
+
+    out: Path = Path("benchmarks/results/tiles.jsonl")
+    write: bool = False
+    time_limit: float = 420.0
+    widths: tuple[int, ...] = (64, 128, 32, 256, 16)
+    itemsizes: tuple[int, ...] = (2, 4)
+
+
+def candidates(width: int, itemsize: int) -> list[Tile]:
+    """Tiles worth a try: all that could fit, small ones where a row is long and large ones where it is short."""
+    row = width * itemsize
+    sides = [(64, 64), (64, 32), (32, 64), (32, 32)]
+    if row <= 256:
+        sides += [(128, 64), (64, 128), (32, 128), (128, 32)]
+    if row >= 512:
+        sides += [(64, 16), (16, 64), (32, 16), (16, 32)]
+    tiles = [Tile(q, k, 4, stages) for q, k in sides for stages in ((2, 3, 4) if row <= 256 else (1, 2, 3))]
+    if row <= 512:
+        tiles += [Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)]
+    return tiles
+
+
+def operator(density: str) -> tuple[Callable[..., Any], Callable[[jax.Array, tuple[int, ...]], tuple[jax.Array, ...]]]:
+    """The operator of a density class, and a function that draws its pattern for the shape `[B, T, N]`."""
+    if density == "dense":
+        return scfa_jax.causal_attention, lambda key, shape: ()
+    two = lambda draw: lambda key, shape: tuple(draw(k, shape) for k in jax.random.split(key))
+    if density == "middling":
+        return scfa_jax.qk_sparse_attention, two(lambda key, shape: jax.random.bernoulli(key, 0.5, shape))
+    attend = lambda *args, **options: scfa_jax.hash_sparse_attention(*args, num_buckets=16, **options)
+    return attend, two(lambda key, shape: jax.random.randint(key, shape, 0, 16))
+
+
+def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+    """Times all candidates at one head size, dtype and density; those that do not fit the GPU are left out."""
+    width, itemsize, density = key
+    attend, draw = operator(density)
+    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
+    shape = (2 if itemsize == 2 else 1, LENGTH, max(1, COLUMNS // width), width)
+    keys = jax.random.split(jax.random.key(0), 5)
+    arrays = tuple(jax.random.normal(k, shape, dtype) for k in keys[:4])
+    arguments = (*arrays, *draw(keys[4], shape[:3]))
+
+    def compiled(tile: Tile):
+        def both_passes(query, key, value, cotangent, *pattern):
+            run = lambda *qkv: attend(*qkv, *pattern, implementation="triton", block_sizes=BlockSizes(tile, tile, tile))
+            output, pullback = jax.vjp(run, query, key, value)
+            return output, pullback(cotangent)
+
+        try:
+            return tile, jax.jit(both_passes).lower(*arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return tile, None
+            raise
+
+    tried = [(tile, run) for tile, run in pool.map(compiled, candidates(width, itemsize)) if run is not None]
+    for _, run in tried:
+        jax.block_until_ready(run(*arguments))
+
+    def all_calls():
+        for _, run in tried:
+            for _ in range(CALLS):
+                jax.block_until_ready(run(*arguments))
+
+    durations = defaultdict(list)
+    for name, milliseconds in kernel_timeline(all_calls):
+        durations[name].append(milliseconds)
+    rows = []
+    for kernel in KERNELS:
+        times = durations[kernel]
+        if len(times) != CALLS * len(tried):
+            raise RuntimeError(f"the profiler saw {len(times)} runs of {kernel}, expected {CALLS * len(tried)}")
+        for i, (tile, _) in enumerate(tried):
+            best = min(times[i * CALLS : (i + 1) * CALLS])
+            rows.append({"key": key, "kernel": kernel, "tile": dataclasses.astuple(tile), "ms": round(best, 5)})
+    return rows
+
+
+def winners(rows: list[dict[str, Any]]) -> dict[Key, tuple[tuple[int, ...], ...]]:
+    """The fastest tile of each kernel, by head size, dtype and density."""
+    best: dict[Key, dict[str, tuple[float, tuple[int, ...]]]] = defaultdict(dict)
+    for row in rows:
+        kernels = best[tuple(row["key"])]
+        kernels[row["kernel"]] = min(kernels.get(row["kernel"], (float("inf"), ())), (row["ms"], tuple(row["tile"])))
+    return {key: tuple(kernels[name][1] for name in KERNELS) for key, kernels in best.items()}
+
+
+def source(table: dict[Key, tuple[tuple[int, ...], ...]]) -> str:
+    """The text of the library's table."""
+    device, version = jax.devices()[0].device_kind, jax.__version__
+    lines = [f"    {key!r}: {table[key]!r},".replace("'", '"') for key in sorted(table)]
+    return "\n".join(
+        [
+            '"""The tiles that were fastest in a search on one GPU. Written by `python -m benchmarks.tune --write`.',
+            "",
+            f"Device: {device}. JAX {version}.",
+            '"""',
+            "",
+            "# (padded head size, bytes per number, density):",
+            "# block_q, block_k, num_warps and num_stages of the forward pass, of dq, and of dk with dv.",
+            "TABLE = {",
+            *lines,
+            "}",
+            "",
+        ]
+    )
+
+
+def tune(options: Options) -> Iterator[Key]:
+    """Searches, and writes what was found after every head size.
+
+    Args:
+        options: What to search and where to write.
+
+    Yields:
+        Every key that is done.
+    """
+    rows: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for itemsize in options.itemsizes:
+            for width in options.widths:
+                if time.monotonic() - begin > options.time_limit:
+                    return
+                for density in ("sparse", "middling", "dense"):
+                    key = (width, itemsize, density)
+                    rows += search(key, pool)
+                    yield key
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                head = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+                options.out.write_text("".join(json.dumps(line) + "\n" for line in (head, *rows)))
+                if options.write:
+                    TABLE.write_text(source({**block_sizes.TABLE, **winners(rows)}))
+
+
+def main() -> int:
+    """Runs the search."""
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    if jax.default_backend() != "gpu":
+        print("error: tiles are tuned on an NVIDIA GPU, and JAX finds none", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    for key in tune(options):
+        print(f"{time.monotonic() - begin:6.1f} s  head size {key[0]}, {key[1]} bytes, {key[2]}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

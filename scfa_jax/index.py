@@ -218,7 +218,8 @@ def keep_index(
         query_order=query_order,
         low=jnp.where(query_kept, 0, NEVER),
         high=jnp.where(query_kept, high, last_high),
-        all_met=True,
+        # Heads that share their keys' mask need not share their queries'.
+        all_met=query_keep.shape[1] == 1 or key_keep.shape[1] > 1,
         density=0.25,
     )
 

@@ -131,10 +131,11 @@ def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data
     index = build(pattern, case)
     if 0 in (index.query_length, index.key_length):
         return
-    marked = np.asarray(triton_search.marked_codes(index, interpret=True))
+    marked = np.asarray(triton_search.marked_codes(index, case.key.shape[2], interpret=True))
     batch, key_heads, key_length = marked.shape
     attended = as_mask(index).any(axis=2)  # [B, N, S], in original order
     attended = np.broadcast_to(attended, (batch, *attended.shape[1:]))
+    attended = np.repeat(attended, max(1, key_heads // attended.shape[1]), axis=1)
     attended = attended.reshape(batch, key_heads, -1, key_length).any(axis=2)
     if index.key_order is not None:
         attended = np.take_along_axis(attended, np.broadcast_to(index.key_order, marked.shape), axis=2)

@@ -38,3 +38,11 @@ def test_it_maps_over_any_axis(axis):
     moved = jnp.moveaxis(jnp.asarray(ids), 3, axis)
     got = jax.vmap(functools.partial(triton_sort.sorted_codes, num_buckets=4, interpret=True), axis)(moved)
     np.testing.assert_array_equal(got, np.sort(np.moveaxis(ids * 130 + np.arange(130)[:, None], 3, 0)))
+
+
+def test_under_x64():
+    ids = np.arange(300, dtype=np.int32)[None, None] % 3
+    with jax.enable_x64(True):
+        codes = triton_sort.sorted_codes(jnp.asarray(ids), 3, interpret=True)
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, np.sort(ids * 300 + np.arange(300)))

@@ -54,7 +54,7 @@ def backward(
     """
     batch, query_length, num_heads, head_dim = query.shape
     key_length, key_heads = key.shape[1:3]
-    code = triton_search.marked_codes(index, interpret=interpret)
+    code = triton_search.marked_codes(index, key.shape[2], interpret=interpret)
     ranges = (index.low, index.high, code, index.query_order, index.key_order)
 
     def call(kernel, block, grid, vectors, arrays, vectors_out, arrays_out, name):

@@ -41,7 +41,7 @@ def forward(
     """
     batch, query_length, num_heads, head_dim = query.shape
     bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
-    code = triton_search.marked_codes(index, interpret=interpret)
+    code = triton_search.marked_codes(index, key.shape[2], interpret=interpret)
     operands = (bounds, index.low, index.high, code, index.query_order, index.key_order)
     kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)
     rows = padded_head_spec(query.shape, 2)

@@ -20,7 +20,7 @@ from scfa_jax.tiling import Tile
 _ROWS_PER_PROGRAM = 512
 
 
-def marked_codes(index: SparseIndex, *, interpret: bool) -> jax.Array:
+def marked_codes(index: SparseIndex, key_heads: int, *, interpret: bool) -> jax.Array:
     """Returns the codes of the keys, with `NEVER` in place of those that no query attends to.
 
     A weight of 0 does not silence a NaN, so the kernels must not load rows that no query attends to. A test over
@@ -28,10 +28,11 @@ def marked_codes(index: SparseIndex, *, interpret: bool) -> jax.Array:
 
     Args:
         index: The pattern, with keys and queries.
+        key_heads: Number of key heads `K` in all, since heads that share codes need not share queries.
         interpret: Whether to run in Pallas's interpreter.
 
     Returns:
-        int32 `[B, K, S]`, with axes as small as the index has. It does not ascend where keys are left out.
+        int32 `[B, K, S]`, with axes as small as can be. It does not ascend where keys are left out.
     """
     if index.all_met:
         return index.key_code
@@ -39,7 +40,8 @@ def marked_codes(index: SparseIndex, *, interpret: bool) -> jax.Array:
     # With low ascending, some query attends to a key if the furthest reach of those that begin before it does.
     reach = index.high if index.ascending else jax.lax.cummax(index.high, axis=2)
     batch = max(low.shape[0], code.shape[0])
-    marked = jax.ShapeDtypeStruct((batch, *code.shape[1:]), code.dtype)
+    heads = key_heads if low.shape[1] > code.shape[1] else code.shape[1]
+    marked = jax.ShapeDtypeStruct((batch, heads, code.shape[2]), code.dtype)
     return _call(_mark_kernel, (low, reach, code), (marked,), interpret, "scfa_marks")[0]
 
 
@@ -69,23 +71,22 @@ def _call(kernel, operands, results, interpret: bool, name: str):
 
 
 def _mark_kernel(low_ref, reach_ref, code_ref, marked_ref, *, block: int):
-    on_key = pl.program_id(1)
+    key_head, (key_heads, key_length) = pl.program_id(1), marked_ref.shape
     query_entries, query_length = low_ref.shape
-    key_entries, key_length = code_ref.shape
-    heads = math.lcm(query_entries, key_entries)
-    group = heads // key_entries
-    keys = Rows(pl.program_id(0), block, key_length, None, on_key)
-    code = keys.load_vector(code_ref, on_key, other=NEVER)
+    heads = math.lcm(query_entries, key_heads)
+    group = heads // key_heads
+    keys = Rows(pl.program_id(0), block, key_length, None, key_head)
+    code = keys.load_vector(code_ref, shared_entry(key_head, key_heads, code_ref.shape[0]), other=NEVER)
 
     def meets_head(g, is_met):
-        on_query = shared_entry(on_key * np.int32(group) + g, heads, query_entries)
+        on_query = shared_entry(key_head * np.int32(group) + g, heads, query_entries)
         begins = lambda i: plgpu.load(low_ref.at[on_query, i]) <= code
         begun = search.count_leading(begins, query_length, code.shape)
         reach = plgpu.load(reach_ref.at[on_query, jnp.maximum(begun - 1, 0)])
         return is_met | ((begun > 0) & (reach >= code)).astype(jnp.int32)
 
     is_met = jax.lax.fori_loop(0, group, meets_head, jnp.zeros_like(code))
-    keys.store_vector(marked_ref, on_key, jnp.where(is_met > 0, code, NEVER))
+    keys.store_vector(marked_ref, key_head, jnp.where(is_met > 0, code, NEVER))
 
 
 def _range_kernel(query_id_ref, last_ref, key_id_ref, key_position_ref, low_ref, high_ref, *, block: int):

@@ -77,7 +77,7 @@ def _count_kernel(codes_ref, counts_ref, *, step: int, chunk: int, shift: int):
 
     def add(i, counts):
         _, _, is_digit = _load(codes_ref, head, chunk_number * chunk + i * step, step, shift, digits)
-        return counts + jnp.sum(is_digit, axis=0)
+        return counts + jnp.sum(is_digit, axis=0, dtype=jnp.int32)
 
     counts = jax.lax.fori_loop(0, chunk // step, add, jnp.zeros_like(digits))
     plgpu.store(counts_ref.at[head, chunk_number, digits], counts)
@@ -92,18 +92,18 @@ def _place_kernel(codes_ref, counts_ref, placed_ref, *, step: int, chunk: int, s
     chunks = jnp.arange(pl.next_power_of_2(num_chunks), dtype=jnp.int32)[:, None]
     at = counts_ref.at[head, jnp.minimum(chunks, num_chunks - 1), digits[None, :]]
     counts = jnp.where(chunks < num_chunks, plgpu.load(at), 0)
-    in_digit = jnp.sum(counts, axis=0)
-    in_chunks_before = jnp.sum(jnp.where(chunks < chunk_number, counts, 0), axis=0)
-    start = jnp.cumsum(in_digit) - in_digit + in_chunks_before
+    in_digit = jnp.sum(counts, axis=0, dtype=jnp.int32)
+    in_chunks_before = jnp.sum(jnp.where(chunks < chunk_number, counts, 0), axis=0, dtype=jnp.int32)
+    start = jnp.cumsum(in_digit, dtype=jnp.int32) - in_digit + in_chunks_before
 
     def place(i, start):
         rows, codes, is_digit = _load(codes_ref, head, chunk_number * chunk + i * step, step, shift, digits)
-        place = start[None, :] + jnp.cumsum(is_digit, axis=0) - 1
-        place = jnp.sum(is_digit * place, axis=1)
+        place = start[None, :] + jnp.cumsum(is_digit, axis=0, dtype=jnp.int32) - 1
+        place = jnp.sum(is_digit * place, axis=1, dtype=jnp.int32)
         is_row = rows < length
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
         plgpu.store(placed_ref.at[head, jnp.where(is_row, place, length)], codes, mask=is_row)
-        return start + jnp.sum(is_digit, axis=0)
+        return start + jnp.sum(is_digit, axis=0, dtype=jnp.int32)
 
     jax.lax.fori_loop(0, chunk // step, place, start)
 

@@ -56,11 +56,14 @@ def candidates(width: int, itemsize: int) -> list[Tile]:
     sides = [(64, 64), (64, 32), (32, 64), (32, 32)]
     if row <= 256:
         sides += [(128, 64), (64, 128), (32, 128), (128, 32)]
-    if row >= 512:
+    if row >= 1024:
+        sides = [(32, 32), (16, 32), (32, 16), (16, 16)]
+    elif row >= 512:
         sides += [(64, 16), (16, 64), (32, 16), (16, 32)]
     tiles = [Tile(q, k, 4, stages) for q, k in sides for stages in ((2, 3, 4) if row <= 256 else (1, 2, 3))]
     if row <= 512:
-        tiles += [Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)]
+        tiles += [Tile(128, 64, 8, stages) for stages in (2, 3, 4)]
+        tiles += [Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)]
     return tiles
 
 

@@ -41,6 +41,7 @@ class Options:
         time_limit: Seconds after which no new head size is begun; the table keeps what it had for the others.
         widths: Head sizes.
         itemsizes: Bytes per number: 2 is bfloat16, 4 float32.
+        densities: Share of pairs that are allowed, as a class.
     """
 
     out: Path = Path("benchmarks/results/tiles.jsonl")
@@ -48,6 +49,7 @@ class Options:
     time_limit: float = 420.0
     widths: tuple[int, ...] = (64, 128, 32, 256, 16)
     itemsizes: tuple[int, ...] = (2, 4)
+    densities: tuple[str, ...] = ("sparse", "middling", "dense")
 
 
 def candidates(width: int, itemsize: int) -> list[Tile]:
@@ -88,25 +90,33 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
     arrays = tuple(jax.random.normal(k, shape, dtype) for k in keys[:4])
     arguments = (*arrays, *draw(keys[4], shape[:3]))
 
-    def compiled(tile: Tile):
+    def compiled(tiles: tuple[Tile, Tile, Tile]):
         def both_passes(query, key, value, cotangent, *pattern):
-            run = lambda *qkv: attend(*qkv, *pattern, implementation="triton", block_sizes=BlockSizes(tile, tile, tile))
+            run = lambda *qkv: attend(*qkv, *pattern, implementation="triton", block_sizes=BlockSizes(*tiles))
             output, pullback = jax.vjp(run, query, key, value)
             return output, pullback(cotangent)
 
         try:
-            return tile, jax.jit(both_passes).lower(*arguments).compile()
+            return jax.jit(both_passes).lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                return tile, None
+                return None
             raise
 
-    tried = [(tile, run) for tile, run in pool.map(compiled, candidates(width, itemsize)) if run is not None]
-    for _, run in tried:
+    def attempts(tile: Tile):
+        """The tile in all kernels at once, or else in each that has room for it: (kernels to time, compiled call)."""
+        if run := compiled((tile, tile, tile)):
+            return [(tile, KERNELS, run)]
+        small = Tile(16, 16, 4, 1)
+        alone = [(tile, (name,), compiled(tuple(tile if n == name else small for n in KERNELS))) for name in KERNELS]
+        return [attempt for attempt in alone if attempt[2]]
+
+    tried = [attempt for found in pool.map(attempts, candidates(width, itemsize)) for attempt in found]
+    for _, _, run in tried:
         jax.block_until_ready(run(*arguments))
 
     def all_calls():
-        for _, run in tried:
+        for _, _, run in tried:
             for _ in range(CALLS):
                 jax.block_until_ready(run(*arguments))
 
@@ -118,9 +128,10 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
         times = durations[kernel]
         if len(times) != CALLS * len(tried):
             raise RuntimeError(f"the profiler saw {len(times)} runs of {kernel}, expected {CALLS * len(tried)}")
-        for i, (tile, _) in enumerate(tried):
-            best = min(times[i * CALLS : (i + 1) * CALLS])
-            rows.append({"key": key, "kernel": kernel, "tile": dataclasses.astuple(tile), "ms": round(best, 5)})
+        for i, (tile, kernels, _) in enumerate(tried):
+            if kernel in kernels:
+                best = min(times[i * CALLS : (i + 1) * CALLS])
+                rows.append({"key": key, "kernel": kernel, "tile": dataclasses.astuple(tile), "ms": round(best, 5)})
     return rows
 
 
@@ -170,7 +181,7 @@ def tune(options: Options) -> Iterator[Key]:
             for width in options.widths:
                 if time.monotonic() - begin > options.time_limit:
                     return
-                for density in ("sparse", "middling", "dense"):
+                for density in options.densities:
                     key = (width, itemsize, density)
                     rows += search(key, pool)
                     yield key

@@ -71,7 +71,7 @@ train:
 # Tests that find a GPU share it, so no process may take all of its memory.
 test:
 	$(call install,train$(,)test,installed-test)
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(ARGS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint:
 	$(call install,train$(,)test,installed-test)

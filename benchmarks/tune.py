@@ -90,7 +90,7 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
     arrays = tuple(jax.random.normal(k, shape, dtype) for k in keys[:4])
     arguments = (*arrays, *draw(keys[4], shape[:3]))
 
-    def compiled(tiles: tuple[Tile, Tile, Tile]):
+    def compiled(*tiles: Tile):
         def both_passes(query, key, value, cotangent, *pattern):
             run = lambda *qkv: attend(*qkv, *pattern, implementation="triton", block_sizes=BlockSizes(*tiles))
             output, pullback = jax.vjp(run, query, key, value)
@@ -105,10 +105,10 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
 
     def attempts(tile: Tile):
         """The tile in all kernels at once, or else in each that has room for it: (kernels to time, compiled call)."""
-        if run := compiled((tile, tile, tile)):
+        if run := compiled(tile, tile, tile):
             return [(tile, KERNELS, run)]
         small = Tile(16, 16, 4, 1)
-        alone = [(tile, (name,), compiled(tuple(tile if n == name else small for n in KERNELS))) for name in KERNELS]
+        alone = [(tile, (name,), compiled(*(tile if n == name else small for n in KERNELS))) for name in KERNELS]
         return [attempt for attempt in alone if attempt[2]]
 
     tried = [attempt for found in pool.map(attempts, candidates(width, itemsize)) for attempt in found]

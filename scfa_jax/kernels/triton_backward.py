@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import _compat, tile, triton_search
-from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
+from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, order_entry, padded_head_spec, shared_entry
 from scfa_jax.tiling import BlockSizes, Tile
 
 
@@ -136,9 +136,10 @@ def _dq_kernel(
     (query_length, num_heads, width), key_length = query_ref.shape, key_ref.shape[0]
     entry = functools.partial(shared_entry, head, num_heads)
     key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
+    on_query_order, on_key_order = (order_entry(r, head, num_heads) for r in (query_order_ref, key_order_ref))
     dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
-    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
+    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query_order)
     low = queries.load_vector(low_ref, on_query, other=NEVER)
     high = queries.load_vector(high_ref, on_query, other=-1)
     query = queries.load(query_ref, head, head_dim)
@@ -157,7 +158,7 @@ def _dq_kernel(
     queries.store_vector(sorted_delta_ref, head, delta)
 
     def visit(key_tile, dq, edge):
-        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key, is_whole=edge is None)
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key_order, is_whole=edge is None)
         mask = is_met = None
         if edge is not None:
             code = keys.load_vector(code_ref, on_key, other=NEVER)
@@ -212,7 +213,8 @@ def _dkv_kernel(
     on_key = shared_entry(key_head * group, num_heads, code_ref.shape[0])
     dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
-    keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key)
+    on_key_order = order_entry(key_order_ref, key_head * group, num_heads)
+    keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key_order)
     code = keys.load_vector(code_ref, on_key, other=NEVER)
     key = keys.load(key_ref, key_head, head_dim)
     value = keys.load(value_ref, key_head, head_dim)
@@ -220,10 +222,13 @@ def _dkv_kernel(
     def add_head(head, carry):
         entry = functools.partial(shared_entry, head, num_heads)
         on_query, bounds_head = entry(low_ref.shape[0]), entry(bounds_ref.shape[0])
+        on_query_order = order_entry(query_order_ref, head, num_heads)
 
         def visit(query_tile, carry, edge):
             dk, dv = carry
-            queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query, is_whole=edge is None)
+            queries = Rows(
+                query_tile, block.block_q, query_length, query_order_ref, on_query_order, is_whole=edge is None
+            )
             logsumexp = queries.load_vector(sorted_logsumexp_ref, head, other=jnp.inf)
             delta = queries.load_vector(sorted_delta_ref, head, other=0.0)
             mask = has_key = None

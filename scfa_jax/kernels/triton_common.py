@@ -14,16 +14,18 @@ class Rows:
 
     Attributes:
         sorted: Slice of the rows in sorted order, for codes, ranges and the like.
-        original: int32 `[block]`, the rows in the original arrays.
+        original: int32 `[block]`, the rows in the original arrays; read from `order_ref` unless its entry is None.
         valid: bool `[block]`, False past the end, or None where the tile is known to be whole.
     """
 
-    def __init__(self, tile: jax.Array, block: int, length: int, order_ref, head: jax.Array, is_whole: bool = False):
+    def __init__(
+        self, tile: jax.Array, block: int, length: int, order_ref, entry: jax.Array | None, is_whole: bool = False
+    ):
         self.sorted = pl.ds(tile * block, block)
         self._rows = rows = tile * block + jnp.arange(block, dtype=jnp.int32)
         self.valid = None if is_whole or length % block == 0 else rows < length
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
-        self.original = rows if order_ref is None else self.load_vector(order_ref, head, other=length)
+        self.original = rows if entry is None else self.load_vector(order_ref, entry, other=length)
 
     def load_vector(self, ref, head: jax.Array, other) -> jax.Array:
         """Loads `[block]` of `ref[head]`, which is in sorted order, with `other` past the end."""
@@ -70,6 +72,11 @@ class Rows:
 def load_bounds(bounds_ref, head: jax.Array, tile: jax.Array) -> tuple[jax.Array, ...]:
     """The four int32 bounds of a tile, as from `tiling.key_tile_bounds`."""
     return tuple(plgpu.load(bounds_ref.at[head, tile, np.int32(i)]) for i in range(4))
+
+
+def order_entry(order_ref, head: jax.Array, num_heads: int) -> jax.Array | None:
+    """The entry of an order that serves this head, or None where the order is the identity."""
+    return None if order_ref is None else shared_entry(head, num_heads, order_ref.shape[0])
 
 
 def shared_entry(head: jax.Array, num_heads: int, num_entries: int) -> jax.Array:

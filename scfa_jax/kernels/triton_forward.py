@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import _compat, tile, triton_search
-from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, padded_head_spec, shared_entry
+from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, order_entry, padded_head_spec, shared_entry
 from scfa_jax.tiling import Tile
 
 
@@ -88,9 +88,10 @@ def _kernel(
     (query_length, num_heads, width), key_length = query_ref.shape, key_ref.shape[0]
     entry = functools.partial(shared_entry, head, num_heads)
     key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
+    on_query_order, on_key_order = (order_entry(r, head, num_heads) for r in (query_order_ref, key_order_ref))
     dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
-    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query)
+    queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query_order)
     low = queries.load_vector(low_ref, on_query, other=NEVER)
     high = queries.load_vector(high_ref, on_query, other=-1)
     sign, scale2 = tile.split_scale(scale)
@@ -98,7 +99,7 @@ def _kernel(
     query = query if sign == 1 else query * jnp.asarray(sign, query.dtype)
 
     def visit(key_tile, softmax, edge):
-        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key, is_whole=edge is None)
+        keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key_order, is_whole=edge is None)
         mask = is_met = None
         if edge is not None:
             code = keys.load_vector(code_ref, on_key, other=NEVER)

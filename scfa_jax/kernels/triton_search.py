@@ -75,7 +75,7 @@ def _mark_kernel(low_ref, reach_ref, code_ref, marked_ref, *, block: int):
     query_entries, query_length = low_ref.shape
     heads = math.lcm(query_entries, key_heads)
     group = heads // key_heads
-    keys = Rows(pl.program_id(0), block, key_length, None, key_head)
+    keys = Rows(pl.program_id(0), block, key_length, None, None)
     code = keys.load_vector(code_ref, shared_entry(key_head, key_heads, code_ref.shape[0]), other=NEVER)
 
     def meets_head(g, is_met):
@@ -93,7 +93,7 @@ def _range_kernel(query_id_ref, last_ref, key_id_ref, key_position_ref, low_ref,
     head = pl.program_id(1)
     (heads, query_length), (key_heads, key_length) = query_id_ref.shape, key_id_ref.shape
     on_key = shared_entry(head, heads, key_heads)
-    queries = Rows(pl.program_id(0), block, query_length, None, head)
+    queries = Rows(pl.program_id(0), block, query_length, None, None)
     query_id = queries.load_vector(query_id_ref, head, other=0)
     last_position = queries.load_vector(last_ref, head, other=0)
 

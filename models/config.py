@@ -27,6 +27,8 @@ class ModelConfig:
     """Hash buckets of a hash layer: even."""
     exclude_self: bool = True
     """Whether a token of a hash layer may not attend to itself."""
+    hash_before_rotary: bool = False
+    """Whether a hash layer hashes before it rotates, so that buckets do not depend on positions."""
     drop_rate: float = 0.3
     """Share of queries and of keys that a qk layer drops while training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -131,4 +131,5 @@ def _call_again(block: Block, x: jax.Array, draw: Draw) -> jax.Array:
 
 
 def _sparsity(config: ModelConfig, kind: str) -> Sparsity:
-    return {"dense": None, "hash": Hash(config.num_buckets, config.exclude_self), "qk": Drop(config.drop_rate)}[kind]
+    in_buckets = Hash(config.num_buckets, config.exclude_self, config.hash_before_rotary)
+    return {"dense": None, "hash": in_buckets, "qk": Drop(config.drop_rate)}[kind]

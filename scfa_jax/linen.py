@@ -163,24 +163,20 @@ class CausalSelfAttention(nn.Module):
             ValueError: A shape does not fit, a draw does not go with the kind of sparsity, or as in `draw`.
         """
         self.layout.check_input(x)
-        if positions is not None and self.rotary is None:
-            raise ValueError(f"positions must be None in a module without rotary, got shape {positions.shape}.")
         given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
         draw = {name: drawn for name, drawn in given.items() if drawn is not None}
         draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)
 
         query, value = self.query(x), self.value(x)
         key = None if self.layout.share_query_key else self.key(x)
-        if self.rotary is not None:
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-            query = self.rotary(query, positions).astype(value.dtype)
-            key = None if key is None else self.rotary(key, positions).astype(value.dtype)
         output = attend(
             query,
             key,
             value,
             self.sparsity,
             normalize_key=self.layout.normalize_key,
+            rotary=self.rotary,
+            positions=positions,
             implementation=self.implementation,
             **draw,
         )

@@ -7,7 +7,7 @@ the one place that acts on them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -28,6 +28,8 @@ class Hash:
         num_buckets: Number of buckets, even.
         exclude_self: Whether a token may not attend to itself. With shared queries and keys it should not: it
             would mostly see itself. The first token of a bucket then attends to nothing and its output is 0.
+        before_rotary: Whether to hash queries and keys before they are rotated, in modules with `rotary`: buckets
+            then depend on what a token is and not on where it stands.
 
     Raises:
         ValueError: `num_buckets` is odd or below 2.
@@ -36,6 +38,7 @@ class Hash:
 
     num_buckets: int
     exclude_self: bool = True
+    before_rotary: bool = False
 
     def __post_init__(self):
         check_num_buckets(self.num_buckets)
@@ -220,6 +223,8 @@ def attend(
     sparsity: Sparsity = None,
     *,
     normalize_key: bool = False,
+    rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    positions: jax.Array | None = None,
     rotations: jax.Array | None = None,
     query_keep: jax.Array | None = None,
     key_keep: jax.Array | None = None,
@@ -233,6 +238,8 @@ def attend(
         value: float `[B, S, K, H]`.
         sparsity: None, `Hash` or `Drop`.
         normalize_key: Whether to scale keys to unit length. Buckets do not depend on it.
+        rotary: As in the modules: `rotary(x, positions)` for queries and keys `[B, T, _, H]`; or None.
+        positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
         rotations: float `[K, H, num_buckets // 2]`, for `Hash` and needed there.
         query_keep: bool `[B, T, N]`, for `Drop`; everything is kept if None.
         key_keep: bool `[B, S, K]`, given if and only if `query_keep` is.
@@ -245,6 +252,8 @@ def attend(
         ValueError: The random draws do not go with `sparsity`, or have other shapes than it, `query` and
             `value` ask for.
     """
+    if positions is not None and rotary is None:
+        raise ValueError(f"positions must be None without rotary, got shape {positions.shape}.")
     if rotations is not None and not isinstance(sparsity, Hash):
         raise ValueError(f"rotations go with sparsity=Hash(...), got sparsity={sparsity!r}.")
     if (query_keep is not None or key_keep is not None) and not isinstance(sparsity, Drop):
@@ -252,6 +261,13 @@ def attend(
 
     one_hash = key is None and query.shape[2] == value.shape[2]
     raw_key = shared_key(query, value.shape[2]) if key is None else key
+    hashed_query, hashed_key = query, raw_key
+    if rotary is not None:
+        positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+        query = rotary(query, positions).astype(value.dtype)
+        raw_key = query if one_hash else rotary(raw_key, positions).astype(raw_key.dtype)
+        if not (isinstance(sparsity, Hash) and sparsity.before_rotary):
+            hashed_query, hashed_key = query, raw_key
     key = (normalize(raw_key) if normalize_key else raw_key).astype(query.dtype)
 
     output: Any  # the operators also return pairs, with return_residual
@@ -265,8 +281,8 @@ def attend(
             query,
             key,
             value,
-            lsh_hash(query, jnp.repeat(rotations, group, axis=0)),
-            None if one_hash else lsh_hash(raw_key, rotations),
+            lsh_hash(hashed_query, jnp.repeat(rotations, group, axis=0)),
+            None if one_hash else lsh_hash(hashed_key, rotations),
             exclude_self=sparsity.exclude_self,
             num_buckets=sparsity.num_buckets,
             implementation=implementation,

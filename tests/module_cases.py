@@ -81,15 +81,15 @@ def by_hand(params, x, draw, *, kind, share_query_key=None, normalize_key=None, 
     is_hash = isinstance(kind, Hash)
     share, normalized = (is_hash if option is None else option for option in (share_query_key, normalize_key))
 
-    def project(name, dtype=x.dtype):
+    def project(name, dtype=x.dtype, rotated=True):
         kernel, bias = (params[name][leaf].astype(dtype) for leaf in ("kernel", "bias"))
         head = jnp.einsum("bte,enh->btnh", x.astype(dtype), kernel, precision="highest") + bias
-        return head if positions is None or name == "value" else turned(head, positions)
+        return turned(head, positions) if rotated and positions is not None and name != "value" else head
 
-    def keys(dtype=x.dtype):
+    def keys(dtype=x.dtype, rotated=True):
         if not share:
-            return project("key", dtype)
-        query = project("query", dtype).astype(jnp.float32)
+            return project("key", dtype, rotated)
+        query = project("query", dtype, rotated).astype(jnp.float32)
         return jnp.stack([query[:, :, k * group : (k + 1) * group].mean(axis=2) for k in range(key_heads)], axis=2)
 
     query, value = project("query"), project("value")
@@ -99,7 +99,8 @@ def by_hand(params, x, draw, *, kind, share_query_key=None, normalize_key=None, 
     scored_key = (key / jnp.sqrt(jnp.sum(key**2, axis=-1, keepdims=True) + 1e-6) if normalized else key).astype(x.dtype)
     if is_hash:
         rotations = draw["rotations"]
-        hashed = project("query", hashed_in)
+        hashed_as = (hashed_in, not kind.before_rotary)
+        hashed = project("query", *hashed_as)
         one_head = lambda n: lsh_hash(hashed[:, :, n : n + 1], rotations[n // group][None])[..., 0]
         query_hash = jnp.stack([one_head(n) for n in range(HEADS)], axis=2)
         output = reference.hash_sparse_attention(
@@ -107,7 +108,7 @@ def by_hand(params, x, draw, *, kind, share_query_key=None, normalize_key=None, 
             scored_key,
             value,
             query_hash,
-            lsh_hash(keys(hashed_in), rotations),
+            lsh_hash(keys(*hashed_as), rotations),
             exclude_self=kind.exclude_self,
         )
     elif isinstance(kind, Drop) and draw:
@@ -275,14 +276,24 @@ class ModuleSpecification:
         got = traced.lower().compile()(*given, draw)
         chex.assert_trees_all_close(got, case.outputs_and_gradients(*given, draw), rtol=1e-6, atol=1e-6)
 
-    @pytest.mark.parametrize("kind", ["dense", "hash"], ids=["separate keys", "shared keys"])
-    def test_rotary_positions_come_before_everything_else(self, kind):
-        case = self.make(KINDS[kind], rotary=turned)
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            (None, {}),
+            (Hash(4), {}),
+            (Hash(4, before_rotary=True), {}),
+            (Hash(4, before_rotary=True), {"share_query_key": False, "num_key_value_heads": 2}),
+        ],
+        ids=["dense", "hash", "hashed before", "own grouped keys hashed before"],
+    )
+    def test_rotary_positions_come_before_all_but_the_hash_that_asks(self, kind, options):
+        case = self.make(kind, rotary=turned, **options)
+        share = {"share_query_key": options.get("share_query_key")}
         draw = case.draw(SEED)
         shifted = 3 + jnp.arange(LENGTH)[None]
         for positions, call in ((jnp.arange(LENGTH)[None], {}), (shifted, {"positions": shifted})):
             outputs = case.apply(case.params, tokens(), **draw, **call)
-            expected = compiled_by_hand(case.params, tokens(), draw, kind=KINDS[kind], positions=positions)
+            expected = compiled_by_hand(case.params, tokens(), draw, kind=kind, positions=positions, **share)
             assert_close(outputs, expected)
 
     def test_positions_without_rotary_raise(self):

@@ -70,9 +70,9 @@ def test_layers_take_the_kinds_of_attention_in_turn():
 
 @pytest.mark.parametrize("exclude_self", [True, False])
 def test_layers_are_made_of_their_kind(exclude_self):
-    model = make(num_buckets=6, exclude_self=exclude_self, drop_rate=0.25)
+    model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
-    assert kinds == [None, Hash(6, exclude_self=exclude_self), Drop(0.25)]
+    assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
     assert ATTENTION_KINDS == ("dense", "hash", "qk")
 
 

@@ -1,0 +1,120 @@
+"""Runs side by side: a table, its numbers as JSON, and plots; `python -m train report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from train.errors import TrainError
+from train.flops import peak_flops
+from train.folder import expanded, load_config, load_facts
+from train.metrics import read_metrics
+from train.plot import PLOT_FILE, History, column, plot_bucket_sizes, plot_losses, plot_speed_and_buckets
+
+TABLE_FILE, JSON_FILE, SPEED_FILE = "report.md", "report.json", "speed-and-buckets.png"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Put runs side by side: a table on standard output and in report.md, report.json, and plots."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs. Speeds are told relative to the first."""
+    target: float | None = None
+    """Also tell when each run reached this many held-out bits per byte or pixel, between evaluations by a line."""
+    out: str = "report"
+    """Folder to write to."""
+
+
+def report(options: ReportOptions) -> int:
+    """Reports on runs.
+
+    Args:
+        options: From the command line.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        TrainError: A folder holds no run or no metrics, runs cannot be compared, or a file cannot be written.
+    """
+    if not options.runs:
+        raise TrainError("report needs the folder of a run. Name one or more.")
+    folders = {name: expanded("runs", name) for name in _names(options.runs)}
+    folders = dict(zip(_names(options.runs), (expanded("runs", run) for run in options.runs), strict=True))
+    histories = {name: read_metrics(folder) for name, folder in folders.items()}
+    unit = _unit(histories)
+    rows = [summary(name, folder, histories[name], unit, options.target) for name, folder in folders.items()]
+    for row in rows:
+        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    text = table(rows, unit, options.target)
+    out = expanded("out", options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / TABLE_FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        (out / JSON_FILE).write_text(json.dumps({"unit": unit, "target": options.target, "runs": rows}, indent=2) + "\n")
+        plot_losses(histories, "", out / PLOT_FILE)
+        plot_speed_and_buckets(histories, {row["run"]: row["tokens_per_step"] for row in rows}, out / SPEED_FILE)
+        files = [TABLE_FILE, JSON_FILE, PLOT_FILE, SPEED_FILE]
+        for name, history in histories.items():
+            file = f"buckets-{name.replace('/', '-')}.png"
+            if plot_bucket_sizes(history, name, out / file):
+                files.append(file)
+    except OSError as error:
+        raise TrainError(f"{out} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+    print(text)
+    print(f"\nwrote {', '.join(files)} to {out}")
+    return 0
+
+
+def summary(name: str, folder: Path, history: History, unit: str, target: float | None) -> dict[str, Any]:
+    """What the table says of a run, and a little more.
+
+    Args:
+        name: Of the run.
+        folder: Its folder.
+        history: Its metrics.
+        unit: "byte" or "pixel".
+        target: Held-out bits whose time is asked for.
+
+    Returns:
+        A row; what was not recorded or is not known is None.
+    """
+    config, facts = load_config(folder), load_facts(folder)
+    tokens_per_step = config.data.batch_size * config.data.seq_len
+    steps, losses = column(history, "loss")
+    held_out_steps, held_out = column(history, f"held_out_bits_per_{unit}")
+    seconds, _ = column(history, "loss", "train_seconds")
+    if not steps or not held_out:
+        raise TrainError(f"{folder} has trained too little: no loss or no evaluation in its metrics. Leave it out.")
+    device = facts.get("device", {}).get("kind", "")
+    flops, peak = _last(history, "flops_per_step"), peak_flops(device, config.model.dtype)
+    rate = steps[-1] * tokens_per_step / seconds[-1]
+    best = min(range(len(held_out)), key=held_out.__getitem__)
+    return {
+        "run": name,
+        "attention": config.model.attention,
+        "device": device,
+        "corpus": facts.get("corpus", {}).get("name"),
+        "steps": steps[-1],
+        "tokens_per_step": tokens_per_step,
+        "tokens": steps[-1] * tokens_per_step,
+        "seconds": history[-1]["seconds"],
+        "train_seconds": seconds[-1],
+        "compile_seconds": _last(history, "compile_seconds"),
+        "loss": losses[-1],
+        "held_out_bits": held_out[-1],
+        "held_out_step": held_out_steps[-1],
+        "held_out_perplexity": _last(history, "held_out_perplexity"),
+        "best_held_out_bits": held_out[best],
+        "best_held_out_step": held_out_steps[best],
+        "tokens_per_second": rate,
+        "peak_memory_bytes": max(column(history, "peak_memory_bytes")[1], default=None),
+        "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak if flops and peak else None,
+        "seconds_to_target": None if target is None else _seconds_to(target, history, unit),
+    }

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -21,17 +21,26 @@ RUNS_FOLDER = Path("runs")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text."""
+    """The text or the images."""
 
     data: str | None = None
-    """A text file, or JSON lines with a "text" key (.jsonl), each also as .gz. Without it: the source files
-    of the running Python's standard library."""
+    """A file of text or of JSON lines with a "text" key (.jsonl, .ndjson), each also as .gz or .zst; a folder or a
+    quoted glob of such files; enwik8 by its name, which has its own split; or the folder of MNIST's idx files.
+    Without it: the source files of the running Python's standard library."""
+    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    """Of text: its bytes, or GPT-2's byte pairs, made once and kept in the cache."""
+    bpe: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe."""
+    documents: Literal["together", "separate"] = "together"
+    """Whether attention reaches over the documents of a sequence, or each sees only itself."""
+    cache: str | None = None
+    """Folder for tokenised text. Default: scfa_jax in the user's folder for caches."""
     seq_len: int = 256
-    """Tokens (bytes) a sequence."""
+    """Tokens a sequence; 784 for MNIST."""
     batch_size: int = 8
     """Sequences a step."""
     held_out: float = 0.05
-    """Share of the text, at its end, that is kept for evaluation."""
+    """Share of the data, at its end, that is kept for evaluation; enwik8 and MNIST also have a test part."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         argv: Arguments; those of the process if None.
 
     Returns:
-        A checked configuration whose data path is absolute and whose dtype is decided. With `--resume`,
+        A checked configuration whose data paths are absolute and whose dtype is decided. With `--resume`,
         `run.out` names the folder to continue.
 
     Raises:
@@ -214,7 +223,7 @@ def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
 
 
 def _checked(config: Config) -> Config:
-    """Fails on impossible options; makes the data path absolute and decides the dtype."""
+    """Fails on impossible options; makes the paths of the data absolute and decides the dtype."""
     problem = config.model.problem() or _problem(config)
     if problem:
         raise TrainError(problem)
@@ -222,9 +231,14 @@ def _checked(config: Config) -> Config:
     if model.dtype == "auto":
         on_cpu = jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
-    if data.data is not None:
-        data = dataclasses.replace(data, data=str(_expanded("data", data.data).resolve()))
+    data = dataclasses.replace(
+        data, data=_absolute("data", data.data), bpe=_absolute("bpe", data.bpe), cache=_absolute("cache", data.cache)
+    )
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _absolute(option: str, path: str | None) -> str | None:
+    return None if path is None else str(_expanded(option, path).resolve())
 
 
 def _expanded(option: str, path: str) -> Path:

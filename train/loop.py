@@ -37,10 +37,10 @@ class Compiled(NamedTuple):
     eval_step: Callable[[Any, Any, np.ndarray, np.ndarray], jax.Array]
 
 
-def compile_steps(config: Config, model: LanguageModel, state: TrainState) -> Compiled:
+def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: TrainState) -> Compiled:
     """Compiles the step and the evaluation for a configuration; the step donates the state it is given."""
     shape = (config.data.batch_size, config.data.seq_len + 1)
-    batch, weights = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:1], np.float32)
+    batch, weights = jax.ShapeDtypeStruct(shape, corpus.tokenizer.dtype), jax.ShapeDtypeStruct(shape[:1], np.float32)
     step = functools.partial(train_step, model, make_optimizer(config.optimizer), config.optimizer.seed)
     evaluation = functools.partial(eval_step, model)
     return Compiled(
@@ -52,10 +52,10 @@ def compile_steps(config: Config, model: LanguageModel, state: TrainState) -> Co
 def evaluate(compiled: Compiled, state: TrainState, config: Config, corpus: Corpus) -> float:
     """Mean loss on held-out text, nats a token."""
     data = config.data
-    batches = held_out_batches(corpus, data.seq_len, data.batch_size, config.run.eval_tokens)
+    batches = held_out_batches(corpus, data, config.run.eval_tokens)
     sums, sequences = [], 0.0
     for batch, weights in batches:
-        sums.append(compiled.eval_step(state.params, state.fixed, batch, weights))
+        sums.append(compiled.eval_step(state.params, state.fixed, batch.tokens, weights))
         sequences += float(weights.sum())
     return math.fsum(float(part) for part in sums) / (sequences * data.seq_len)
 
@@ -100,7 +100,7 @@ def train(
     ):
         losses.restart_clock()
         while step < stop and stop_request.signal is None and time.monotonic() < out_of_time:
-            state, loss = compiled.train_step(state, next(batches))
+            state, loss = compiled.train_step(state, next(batches).tokens)
             step += 1
             bar.update()
             losses.push(step, loss, bar)

@@ -14,7 +14,7 @@ import jax
 
 from train.checkpoint import Checkpoints
 from train.config import CONFIG_FILE, Config, load_facts, new_run_folder, save_config
-from train.data import VOCAB_SIZE, Corpus, load_corpus, training_batches
+from train.data import Corpus, load_corpus, training_batches
 from train.errors import TrainError
 from train.loop import compile_steps, train
 from train.metrics import Metrics
@@ -40,16 +40,16 @@ def run(config: Config) -> int:
         TrainError: Something the user can put right; nothing was overwritten.
     """
     data = config.data
-    corpus = load_corpus(data.data, data.held_out, data.seq_len)
+    corpus = load_corpus(data)
     folder = _open_folder(config, corpus)
-    model, state = init(config.model, config.optimizer, vocab_size=VOCAB_SIZE, max_length=data.seq_len)
+    model, state = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=data.seq_len)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
     device = jax.devices()[0].device_kind
-    print(f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out")
+    print(f"{corpus.name}: {corpus.train.size:,} {corpus.unit}s to train on, {corpus.held_out.size:,} held out")
     print(f"{parameters:,} parameters, {config.model.attention} attention, {config.model.dtype} on {device}")
     print(f"writing to {folder}")
 
-    batches = training_batches(corpus, data.seq_len, data.batch_size, config.optimizer.seed)
+    batches = training_batches(corpus, data, config.optimizer.seed)
     with Checkpoints(folder) as checkpoints:
         if config.run.resume:
             if checkpoints.latest_step is None:
@@ -58,7 +58,7 @@ def run(config: Config) -> int:
                 state = checkpoints.restore(state, batches)
                 print(f"continuing from step {int(state.step)}")
         start = time.monotonic()
-        compiled = compile_steps(config, model, state)
+        compiled = compile_steps(config, corpus, model, state)
         print(f"compiled in {time.monotonic() - start:.1f} s")
         with Metrics(folder, int(state.step)) as metrics:
             state, stopped_by = train(config, corpus, compiled, state, batches, checkpoints, metrics)

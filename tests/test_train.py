@@ -21,7 +21,7 @@ import train.run
 from models import ModelConfig
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.config import OptimizerConfig, latest_run, load_config, parse
+from train.config import DataConfig, OptimizerConfig, latest_run, load_config, parse
 from train.data import load_corpus, training_batches
 from train.loop import Compiled, compile_steps
 from train.sample import sample
@@ -58,9 +58,9 @@ def records(folder: Path) -> list[dict]:
 def last_checkpoint(folder: Path):
     """The last state of a run, and the next batch it would have read."""
     config = load_config(folder)
-    corpus = load_corpus(config.data.data, config.data.held_out, config.data.seq_len)
+    corpus = load_corpus(config.data)
     _, like = init(config.model, config.optimizer, vocab_size=256, max_length=config.data.seq_len)
-    batches = training_batches(corpus, config.data.seq_len, config.data.batch_size, config.optimizer.seed)
+    batches = training_batches(corpus, config.data, config.optimizer.seed)
     with Checkpoints(folder) as checkpoints:
         state = checkpoints.restore(like, batches)
     return state, next(batches)
@@ -69,16 +69,17 @@ def last_checkpoint(folder: Path):
 # Dense attention: see the run that leaves a record.
 @pytest.mark.parametrize(("attention", "remat"), [("hash", False), ("qk", True)])
 def test_the_loss_falls_in_one_trace(attention, remat, text):
-    corpus = load_corpus(str(text), 0.1, 16)
+    data = DataConfig(data=str(text), held_out=0.1, seq_len=16, batch_size=4)
+    corpus = load_corpus(data)
     optimizer = OptimizerConfig(steps=40, warmup=2, lr=0.01)
     model, state = init(ModelConfig(**TINY, attention=attention, remat=remat), optimizer, vocab_size=256, max_length=16)
-    batches = training_batches(corpus, 16, 4, seed=0)
+    batches = training_batches(corpus, data, seed=0)
     chex.clear_trace_counter()
     step = chex.assert_max_traces(train_step, n=1)
     step = jax.jit(functools.partial(step, model, make_optimizer(optimizer), 0), donate_argnums=0)
     losses = []
     for _ in range(40):
-        state, loss = step(state, next(batches))
+        state, loss = step(state, next(batches).tokens)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(np.log(256), rel=0.03)  # nothing is known yet
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
@@ -89,10 +90,10 @@ def compile_once(monkeypatch):
     """Runs that have the same model, optimizer and data share one compilation, and none ends with a sample."""
     made: dict = {}
 
-    def compile_or_reuse(config, model, state):
+    def compile_or_reuse(config, corpus, model, state):
         key = (config.model, config.optimizer, config.data)
         if key not in made:
-            made[key] = compile_steps(config, model, state)
+            made[key] = compile_steps(config, corpus, model, state)
         return made[key]
 
     monkeypatch.setattr(train.run, "compile_steps", compile_or_reuse)
@@ -133,7 +134,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     (state, batch), (other_state, other_batch) = last_checkpoint(one), last_checkpoint(other)
     assert int(state.step) == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, other_state)
-    np.testing.assert_array_equal(batch, other_batch)
+    np.testing.assert_array_equal(batch.tokens, other_batch.tokens)
     for name in ("loss", "held_out_loss"):
         losses = [[(r["step"], r[name]) for r in records(folder) if name in r] for folder in (one, other)]
         assert losses[0] == losses[1]

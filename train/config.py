@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from models import ModelConfig
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text."""
+    """The text or the images."""
 
     data: str | None = None
-    """A text file, or JSON lines with a "text" key (.jsonl), each also as .gz. Without it: the source files
-    of the running Python's standard library."""
+    """A file of text or of JSON lines with a "text" key (.jsonl, .ndjson), each also as .gz or .zst; a folder or a
+    quoted glob of such files; enwik8 by its name, which has its own split; or the folder of MNIST's idx files.
+    Without it: the source files of the running Python's standard library."""
+    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    """Of text: its bytes, or GPT-2's byte pairs, made once and kept in the cache."""
+    bpe: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe."""
+    documents: Literal["together", "separate"] = "together"
+    """Whether attention reaches over the documents of a sequence, or each sees only itself."""
+    cache: str | None = None
+    """Folder for tokenised text. Default: scfa_jax in the user's folder for caches."""
     seq_len: int = 256
-    """Tokens (bytes) a sequence."""
+    """Tokens a sequence; 784 for MNIST."""
     batch_size: int = 8
     """Sequences a step."""
     held_out: float = 0.05
-    """Share of the text, at its end, that is kept for evaluation."""
+    """Share of the data, at its end, that is kept for evaluation; enwik8 and MNIST also have a test part."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         argv: Arguments; those of the process if None.
 
     Returns:
-        A checked configuration whose data path is absolute and whose dtype is decided. With `--resume`,
+        A checked configuration whose data paths are absolute and whose dtype is decided. With `--resume`,
         `run.out` names the folder to continue.
 
     Raises:
@@ -54,7 +54,7 @@ def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
 
 
 def _checked(config: Config) -> Config:
-    """Fails on impossible options; makes the data path absolute and decides the dtype."""
+    """Fails on impossible options; makes the paths of the data absolute and decides the dtype."""
     wrong = config.model.problem() or problem(config)
     if wrong:
         raise TrainError(wrong)
@@ -62,9 +62,14 @@ def _checked(config: Config) -> Config:
     if model.dtype == "auto":
         on_cpu = jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
-    if data.data is not None:
-        data = dataclasses.replace(data, data=str(expanded("data", data.data).resolve()))
+    data = dataclasses.replace(
+        data, data=_absolute("data", data.data), bpe=_absolute("bpe", data.bpe), cache=_absolute("cache", data.cache)
+    )
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _absolute(option: str, path: str | None) -> str | None:
+    return None if path is None else str(expanded(option, path).resolve())
 
 
 def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

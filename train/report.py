@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,7 @@ def report(options: ReportOptions) -> int:
     """
     if not options.runs:
         raise TrainError("report needs the folder of a run. Name one or more.")
-    folders = {name: expanded("runs", name) for name in _names(options.runs)}
-    folders = dict(zip(_names(options.runs), (expanded("runs", run) for run in options.runs), strict=True))
+    folders = {_name(run, options.runs): expanded("runs", run) for run in options.runs}
     histories = {name: read_metrics(folder) for name, folder in folders.items()}
     unit = _unit(histories)
     rows = [summary(name, folder, histories[name], unit, options.target) for name, folder in folders.items()]
@@ -118,3 +117,72 @@ def summary(name: str, folder: Path, history: History, unit: str, target: float 
         "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak if flops and peak else None,
         "seconds_to_target": None if target is None else _seconds_to(target, history, unit),
     }
+
+
+def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> str:
+    """The rows as Markdown; columns that no run fills are left out.
+
+    Args:
+        rows: From `summary`, with `speed_up`.
+        unit: "byte" or "pixel".
+        target: As there.
+    """
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "run": ("run", str),
+        "attention": ("attention", str),
+        "steps": ("steps", "{:,}".format),
+        "tokens": ("tokens", "{:,}".format),
+        "train_seconds": ("seconds on steps", "{:,.1f}".format),
+        "seconds": ("in all", "{:,.1f}".format),
+        "compile_seconds": ("compiling", "{:,.1f}".format),
+        "held_out_bits": (f"held-out bits per {unit}", "{:.4f}".format),
+        "best_held_out_bits": ("best", "{:.4f}".format),
+        "held_out_perplexity": ("held-out perplexity", "{:.2f}".format),
+        "seconds_to_target": (f"seconds to {target} bits", "{:,.1f}".format),
+        "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+        "speed_up": ("speed-up", "{:.2f}x".format),
+        "peak_memory_bytes": ("peak memory, GiB", lambda size: f"{size / 2**30:.2f}"),
+        "model_flop_utilisation": ("model FLOP utilisation", "{:.1%}".format),
+    }
+    shown = [name for name in columns if any(row[name] is not None for row in rows)]
+    lines = [[columns[name][0] for name in shown], ["---"] * len(shown)]
+    lines += [["" if row[name] is None else columns[name][1](row[name]) for name in shown] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _name(run: str, runs: Sequence[str]) -> str:
+    """The last part of a folder's path, or all of it where that would not tell the runs apart."""
+    last = Path(run).name
+    return run if last == "" or [Path(other).name for other in runs].count(last) > 1 else last
+
+
+def _unit(histories: Mapping[str, History]) -> str:
+    """What all runs tell their losses by: "byte" or "pixel"."""
+    found = {
+        name: next((unit for unit in ("byte", "pixel") if column(history, f"bits_per_{unit}")[0]), None)
+        for name, history in histories.items()
+    }
+    for name, unit in found.items():
+        if unit is None:
+            raise TrainError(f"{name} has no training loss in its metrics. Leave it out.")
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} per {unit}" for name, unit in found.items())
+        raise TrainError(f"Runs on text and on images cannot be compared ({listed}). Report on them apart.")
+    return str(next(iter(found.values())))
+
+
+def _last(history: History, name: str) -> Any:
+    _, values = column(history, name)
+    return values[-1] if values else None
+
+
+def _seconds_to(target: float, history: History, unit: str) -> float | None:
+    """Seconds spent on steps until held-out bits fell to `target`: on a line between two evaluations; None if never."""
+    seconds, bits = column(history, f"held_out_bits_per_{unit}", "train_seconds")
+    for place, reached in enumerate(bits):
+        if reached <= target:
+            if place == 0:
+                return seconds[0]
+            share = (bits[place - 1] - target) / (bits[place - 1] - reached)
+            return seconds[place - 1] + share * (seconds[place] - seconds[place - 1])
+    return None

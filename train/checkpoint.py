@@ -37,6 +37,7 @@ class Checkpoints:
         best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self._path,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_held_out_loss,
                 best_mode="min",

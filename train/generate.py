@@ -18,7 +18,6 @@ def generate(
     *,
     length: int,
     window: int,
-    vocab_size: int,
     temperature: float,
     seed: int,
 ) -> np.ndarray:
@@ -32,7 +31,6 @@ def generate(
         prompts: Unsigned tokens `[R, P]`, `P` at least 1.
         length: Tokens to add.
         window: The longest context the model may see.
-        vocab_size: How many tokens there are; the model may have embeddings that stand for none.
         temperature: Divides the logits; 0 takes the likeliest token.
         seed: Decides the draw.
 
@@ -42,10 +40,10 @@ def generate(
     start = prompts.shape[1]
     tokens = np.pad(prompts, [(0, 0), (0, length)])
     window = min(window, tokens.shape[1])
-    return np.asarray(_continue(model, state.params, state.fixed, tokens, start, seed, temperature, window, vocab_size))
+    return np.asarray(_continue(model, state.params, state.fixed, tokens, start, seed, temperature, window))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "window", "vocab_size"))
+@functools.partial(jax.jit, static_argnames=("model", "window"))
 def _continue(
     model: LanguageModel,
     params: object,
@@ -55,7 +53,6 @@ def _continue(
     seed: jax.Array,
     temperature: jax.Array,
     window: int,
-    vocab_size: int,
 ) -> jax.Array:
     """Fills `tokens` from column `start` on."""
     transformer = model.merge(params, fixed)
@@ -66,7 +63,7 @@ def _continue(
         first = jnp.maximum(0, place - window)
         context = jax.lax.dynamic_slice_in_dim(tokens, first, window, axis=1)
         features = transformer.features(context)[:, place - 1 - first]
-        logits = transformer.logits(features)[:, :vocab_size]
+        logits = transformer.logits(features)
         drawn = jax.random.categorical(jax.random.fold_in(base_key, place), logits / jnp.maximum(temperature, 1e-6))
         token = jnp.where(temperature > 0, drawn, logits.argmax(axis=1))
         return tokens.at[:, place].set(token.astype(tokens.dtype))

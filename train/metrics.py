@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-import tensorboardX
 
 from train.data import Corpus
 from train.errors import TrainError
+from train.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
+REMEDY = "Make room or mend its folder; --resume continues from the last checkpoint."
 
 
 class Metrics:
@@ -39,11 +38,11 @@ class Metrics:
         try:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
             temporary.replace(self._path)
+            self._tensorboard = TensorBoard(folder, step)
             self._file = self._path.open("a")
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise self._cannot_write(error) from None
-        self._tensorboard = tensorboardX.SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=step + 1)
         last = self.history[-1] if self.history else {}
         self._start = time.monotonic() - last.get("seconds", 0.0)
         self.clock = Clock(last.get("train_seconds", 0.0))
@@ -51,11 +50,10 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # all lines were flushed, or `write` has said that one could not be
+            self._file.close()
+            self._tensorboard.close()
 
     def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Adds a line.
@@ -80,21 +78,13 @@ class Metrics:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            self._tensorboard.write(step, values)
         except OSError as error:
             raise self._cannot_write(error) from None
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, step)
-            elif isinstance(value, list) and isinstance(value[0], int | float):
-                for layer, number in enumerate(value):
-                    self._tensorboard.add_scalar(f"{name}/layer_{layer}", number, step)
         return record
 
     def _cannot_write(self, error: OSError) -> TrainError:
         return TrainError(f"{self._path} cannot be written ({error.strerror}). {REMEDY}")
-
-
-REMEDY = "Make room or mend its folder; --resume continues from the last checkpoint."
 
 
 class Clock:

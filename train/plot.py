@@ -33,7 +33,12 @@ def plot_losses(runs: Mapping[str, History], title: str, path: Path) -> None:
             axes.plot(*column(history, f"held_out_bits_per_{unit}", x), "o-", color=color, markersize=4, label=_label(name))
         _dress(axes, x)
     figure.axes[0].set_ylabel(f"bits per {unit}: dots held out, thin lines training")
-    figure.axes[0].set_ylim(bottom=0)
+    # The first evaluation, before any training, would take up most of the height.
+    held_out = [column(history, f"held_out_bits_per_{unit}")[1] for history in runs.values()]
+    top = max(max(bits[1:] or bits) for bits in held_out)
+    bottom = min(map(min, held_out))
+    margin = 0.05 * (top - bottom) or 0.1
+    figure.axes[0].set_ylim(bottom - margin, top + margin)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -52,7 +57,7 @@ def plot_speed_and_buckets(runs: Mapping[str, History], tokens_per_step: Mapping
         panels,
         {
             "tokens_per_second": "ms a step",
-            "bucket_effective": "effective number of buckets (exponential of the entropy)",
+            "bucket_effective": "effective number of buckets",
             "bucket_largest_share": "share of the largest bucket",
             "bucket_pairs": "allowed pairs / pairs of dense attention",
         }.items(),

@@ -116,7 +116,6 @@ def write_sample(
         np.tile(prompt, (options.count or DEFAULT_COUNT[kind], 1)),
         length=window if kind == "images" else options.length,
         window=window,
-        vocab_size=corpus.vocab_size,
         temperature=options.temperature,
         seed=options.seed,
     )

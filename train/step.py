@@ -101,7 +101,7 @@ def train_step(
     loss, gradients = _accumulated(jax.value_and_grad(loss_of), state.params, (batch, draws), config.accumulate)
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    measured = Measured(loss, optax.global_norm(gradients), jnp.float32(learning_rate(config)(state.step)))
+    measured = Measured(loss, optax.tree.norm(gradients), jnp.asarray(learning_rate(config)(state.step), jnp.float32))
     return TrainState(state.step + 1, params, opt_state, state.fixed), measured
 
 

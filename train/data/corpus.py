@@ -8,9 +8,10 @@ overlap, so no held-out token is ever trained on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from train.data.sources import Source, find_source
 from train.data.tokenizer import BPE_REMEDY, ByteTokenizer, Gpt2Tokenizer, PixelTokenizer, Tokenizer
 from train.data.tokens import Tokens, load_tokens
 from train.errors import TrainError
+
+BLOCK_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,14 @@ class Corpus:
         """What people count: "byte", "token" or "pixel"."""
         return self.tokenizer.unit
 
-    @property
+    @functools.cached_property
     def held_out_units_per_token(self) -> float:
         """Bytes a token on the held-out text, a separator counted as one: what a loss is divided by for bits a byte.
 
         1.0 for bytes and pixels.
         """
-        counts = np.bincount(self.held_out.ravel(), minlength=self.vocab_size)
-        return float(counts @ self.tokenizer.token_bytes / self.held_out.size)
+        ends = _byte_ends(self.tokenizer, self.held_out.ravel())
+        return max(int(block[-1]) for block in ends) / self.held_out.size
 
     @property
     def facts(self) -> dict[str, str | int]:
@@ -156,8 +159,17 @@ def _held_out_start(tokens: Tokens, tokenizer: Tokenizer, held_out: float) -> in
         return int(tokens.starts[nearest])
     document = int(np.searchsorted(begins, wanted, side="right")) - 1
     start, stop = tokens.starts[document], [*tokens.starts[document + 1 :][:1], len(tokens.values)][0]
-    ends = np.cumsum(tokenizer.token_bytes[tokens.values[start:stop]])
-    return int(start + np.searchsorted(ends, wanted - begins[document], side="right"))
+    ends = _byte_ends(tokenizer, tokens.values[start:stop])
+    return int(start + sum(np.searchsorted(block, wanted - begins[document], side="right") for block in ends))
+
+
+def _byte_ends(tokenizer: Tokenizer, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Bytes up to and with each token, int64, in blocks: a large corpus would not fit."""
+    done = 0
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        ends = done + np.cumsum(tokenizer.token_bytes[tokens[start : start + BLOCK_TOKENS]])
+        done = int(ends[-1])
+        yield ends
 
 
 def _mnist(folder: Path, config: DataConfig) -> Corpus:

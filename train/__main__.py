@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A log file is up to date while it runs, and no text or file name is one it cannot take.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    # Orbax logs tracebacks of what it raises as well, and this program says in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self._path = (folder / CHECKPOINT_FOLDER).resolve()
-        best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1)
         self._manager = ocp.CheckpointManager(
             self._path,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
@@ -45,7 +46,8 @@ class Checkpoints:
                 create=True,
             ),
         )
-        self.best_loss = float("inf") if self.best_step is None else _held_out_loss(self._manager.metrics(self.best_step))
+        best_step = self._manager.best_step()
+        self.best_loss = math.inf if best_step is None else _held_out_loss(self._manager.metrics(best_step))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -64,8 +66,8 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the one with the lowest held-out loss."""
-        return self._manager.best_step()
+        """The step of the one with the lowest held-out loss, if it is known of any."""
+        return None if math.isinf(self.best_loss) else self._manager.best_step()
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -101,7 +103,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
                 ),
-                metrics=None if held_out_loss is None else {"held_out_loss": held_out_loss},
+                metrics={"held_out_loss": held_out_loss},
             )
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
@@ -159,7 +161,9 @@ class Checkpoints:
 
 
 def _held_out_loss(metrics: Any) -> float:
-    return metrics["held_out_loss"]
+    """Infinite where it is not known: orbax warns of checkpoints without metrics."""
+    loss = metrics["held_out_loss"]
+    return math.inf if loss is None else loss
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

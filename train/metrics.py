@@ -51,9 +51,9 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # all lines were flushed, or `write` has said that one could not be
-            self._file.close()
-            self._tensorboard.close()
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(OSError):  # all lines were flushed, or `write` has said that one could not be
+                file.close()
 
     def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Adds a line.
@@ -133,7 +133,7 @@ class Units:
 
     def held_out(self, nats: float) -> dict[str, float | None]:
         """The held-out loss, for a line of metrics; the perplexity where tokens are more than bytes or pixels."""
-        perplexity = math.exp(nats) if self._of_tokens else None
+        perplexity = math.exp(min(nats, 700)) if self._of_tokens else None  # beyond it floats end
         bits = {f"held_out_bits_per_{self.name}": self.bits(nats)}
         return {"held_out_loss": nats, **bits, "held_out_perplexity": perplexity}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from train.config import Config
 from train.errors import TrainError
 from train.flops import peak_flops
 from train.folder import expanded, load_config, load_facts
@@ -46,9 +47,13 @@ def report(options: ReportOptions) -> int:
     if not options.runs:
         raise TrainError("report needs the folder of a run. Name one or more.")
     folders = {_name(run, options.runs): expanded("runs", run) for run in options.runs}
+    facts = {name: load_facts(folder) for name, folder in folders.items()}
     histories = {name: read_metrics(folder) for name, folder in folders.items()}
     unit = _unit(histories)
-    rows = [summary(name, folder, histories[name], unit, options.target) for name, folder in folders.items()]
+    rows = []
+    for name, folder in folders.items():
+        device = facts[name].get("device", {}).get("kind", "")
+        rows.append(summary(name, load_config(folder), device, histories[name], unit, options.target))
     for row in rows:
         row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
     text = table(rows, unit, options.target)
@@ -71,12 +76,15 @@ def report(options: ReportOptions) -> int:
     return 0
 
 
-def summary(name: str, folder: Path, history: History, unit: str, target: float | None) -> dict[str, Any]:
+def summary(
+    name: str, config: Config, device: str, history: History, unit: str, target: float | None
+) -> dict[str, Any]:
     """What the table says of a run, and a little more.
 
     Args:
         name: Of the run.
-        folder: Its folder.
+        config: Its options.
+        device: The kind of device that it ran on.
         history: Its metrics.
         unit: "byte" or "pixel".
         target: Held-out bits whose time is asked for.
@@ -84,14 +92,12 @@ def summary(name: str, folder: Path, history: History, unit: str, target: float 
     Returns:
         A row; what was not recorded or is not known is None.
     """
-    config, facts = load_config(folder), load_facts(folder)
     tokens_per_step = config.data.batch_size * config.data.seq_len
     steps, losses = column(history, "loss")
     held_out_steps, held_out = column(history, f"held_out_bits_per_{unit}")
     seconds, _ = column(history, "loss", "train_seconds")
     if not steps or not held_out:
-        raise TrainError(f"{folder} has trained too little: no loss or no evaluation in its metrics. Leave it out.")
-    device = facts.get("device", {}).get("kind", "")
+        raise TrainError(f"{name} has trained too little: no loss or no evaluation in its metrics. Leave it out.")
     flops, peak = _last(history, "flops_per_step"), peak_flops(device, config.model.dtype)
     rate = steps[-1] * tokens_per_step / seconds[-1]
     best = min(range(len(held_out)), key=held_out.__getitem__)
@@ -99,7 +105,7 @@ def summary(name: str, folder: Path, history: History, unit: str, target: float 
         "run": name,
         "attention": config.model.attention,
         "device": device,
-        "corpus": facts.get("corpus", {}).get("name"),
+        "data": config.data.data,
         "steps": steps[-1],
         "tokens_per_step": tokens_per_step,
         "tokens": steps[-1] * tokens_per_step,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+import jax
 
 ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity")
-REMAT = ("none", "full", "save_attention")
+Remat = Literal["none", "full", "save_attention"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model."""
 
+    preset: Literal["cpu", "bytes", "mnist", "gpt2-small"] = "cpu"
+    """Where options of the model that are not given come from: a small model for a CPU, one for bytes, one for
+    the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
     keys), reformer (buckets cut into chunks) or identity (none: the bound on speed). One kind for all, or several
@@ -47,7 +52,7 @@ class ModelConfig:
     """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
-    remat: Literal["none", "full", "save_attention"] = "none"
+    remat: Remat = "none"
     """What to compute again in the backward pass, for less memory and more time: nothing, each block, or each
     block but for the attention kernels' results."""
 
@@ -66,8 +71,8 @@ class ModelConfig:
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:
             return f"--attention takes {', '.join(ATTENTION_KINDS)} or a list of them, got {unknown[0]!r}."
-        if self.remat not in REMAT:
-            return f"--remat takes {', '.join(REMAT)}, got {self.remat!r}."
+        if self.remat not in get_args(Remat):
+            return f"--remat takes {', '.join(get_args(Remat))}, got {self.remat!r}."
         if self.width % self.heads:
             return f"--heads must divide --width, got {self.heads} heads for a width of {self.width}."
         if self.positions == "rotary" and self.width // self.heads % 2:
@@ -76,6 +81,8 @@ class ModelConfig:
             return f"--num-buckets must be an even number of at least 2, got {self.num_buckets}."
         if "reformer" in kinds and self.share_query_key is False:
             return "--share-query-key False does not go with --attention reformer: its keys are its queries."
+        if "dense-cudnn" in kinds and jax.default_backend() != "gpu":
+            return f"--attention dense-cudnn needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}."
         if "dense-cudnn" in kinds and self.dtype == "float32":
             return "--attention dense-cudnn needs --dtype bfloat16, got float32."
         if not 0 <= self.drop_rate < 1:

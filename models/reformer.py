@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from scfa_jax.remat import LOGSUMEXP, OUTPUT, named_index
 from scfa_jax.sparsity import normalize
 
 # What a token's score with itself is: it counts only where the token may attend to nothing else.
@@ -71,15 +73,16 @@ def reformer_attention(
         ValueError: A shape does not fit, `chunk_size` is below 1, or there are too many buckets for the length.
     """
     _check(query, value, buckets, num_buckets, chunk_size, segment_ids)
-    rounds, batch, length, heads = buckets.shape
+    rounds, batch, length, _ = buckets.shape
     size = min(chunk_size or default_chunk_size(length, num_buckets), length)
     num_chunks = -(-length // size)
 
     by_head = buckets.swapaxes(2, 3)  # [R, B, N, T]
-    code = jnp.sort(1 + by_head * length + jnp.arange(length, dtype=jnp.int32), axis=3)
+    code = named_index(jnp.sort(1 + by_head * length + jnp.arange(length, dtype=jnp.int32), axis=3))
     order = (code - 1) % length  # the position of the token in each slot
     slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), order.shape)
-    slot = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=3, inplace=False)  # the slot of each position
+    slot = jnp.put_along_axis(jnp.zeros_like(order), order, slots, axis=3, inplace=False)
+    slot = named_index(slot)  # of the token at each position
 
     segment = place = None
     if segment_ids is not None:
@@ -88,7 +91,7 @@ def reformer_attention(
         # Two places of a round are equal or one apart only if bucket and chunk allow the later token to see the
         # other. Every slot of every round needs its token's places in all rounds.
         place = by_head * (num_chunks + 1) + slot // size
-        place = _sorted(place.transpose(1, 3, 2, 0), order)  # [R, B, N, T, R]
+        place = named_index(_sorted(place.transpose(1, 3, 2, 0), order))  # [R, B, N, T, R]
     vector = _sort_rows(query, order, slot)
     asking = _chunks(_Rows(vector, code, segment, place), size)
     asked = _with_previous(asking._replace(vector=normalize(asking.vector) if normalize_key else asking.vector))
@@ -102,6 +105,7 @@ def reformer_attention(
         _unsort_rows(x.reshape(*x.shape[:3], num_chunks * size, -1)[:, :, :, :length], order, slot)
         for x in (output, logsumexp)
     )
+    output, logsumexp = checkpoint_name(output, OUTPUT), checkpoint_name(logsumexp, LOGSUMEXP)
     output = output[0] if rounds == 1 else (jax.nn.softmax(logsumexp, axis=0) * output).sum(axis=0)
     if segment_ids is not None:
         output = jnp.where(segment_ids[:, :, None, None] < 0, 0, output)

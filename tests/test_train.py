@@ -67,7 +67,7 @@ def last_checkpoint(folder: Path):
 
 
 # Dense attention: see the run that leaves a record.
-@pytest.mark.parametrize(("attention", "remat"), [("hash", False), ("qk", True)])
+@pytest.mark.parametrize(("attention", "remat"), [("hash", "none"), ("qk", "full")])
 def test_the_loss_falls_in_one_trace(attention, remat, text):
     corpus = load_corpus(str(text), 0.1, 16)
     optimizer = OptimizerConfig(steps=40, warmup=2, lr=0.01)
@@ -219,7 +219,7 @@ def test_a_run_leaves_its_record_a_plot_a_sample_and_a_checkpoint(start, tmp_pat
         ({"data": "absent.txt"}, "absent.txt does not exist"),
         ({"seq_len": 100_000}, "too short"),
         ({"heads": 3}, "--heads must divide --width"),
-        ({"attention": "sparse"}, "--attention takes dense, hash, qk"),
+        ({"attention": "sparse"}, "--attention takes dense, dense-cudnn, hash, qk"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"lr": 0}, "--lr must be above 0"),
         ({"held_out": 1.5}, "--held-out must lie between 0 and 1"),
@@ -328,8 +328,10 @@ def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
 
 
 def test_options_reach_the_model(monkeypatch):
-    model = parse(["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat", "--dtype=bfloat16"]).model
-    assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, True)
+    model = parse(
+        ["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]
+    ).model
+    assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, "full")
     for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert parse([]).model.dtype == dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import tyro
 
-from models import ModelConfig
+from models import PRESETS, ModelConfig
 from train.errors import TrainError
 
 CONFIG_FILE = "config.json"
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         TrainError: An option makes no sense, there is no run to continue, or an option contradicts the run.
         SystemExit: tyro could not read the command line (code 2), or printed the help (code 0).
     """
-    config = _read_arguments(argv, Config())
+    config = _read_arguments(argv, Config(model=_preset(argv)))
     if not config.run.resume:
         return _checked(config)
     folder = _expanded("out", config.run.out) if config.run.out else latest_run()
@@ -211,6 +212,14 @@ def new_run_folder(config: Config) -> Path:
 
 def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
     return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, default=default, prog="python -m train")
+
+
+def _preset(argv: Sequence[str] | None) -> ModelConfig:
+    """The model that `--preset` names, whose values are the defaults of all other options."""
+    parser = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    name = parser.parse_known_args(argv)[0].preset
+    return PRESETS.get(name, ModelConfig())  # a name that is none is refused where all options are read
 
 
 def _checked(config: Config) -> Config:

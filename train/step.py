@@ -82,7 +82,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss_of(params: Any) -> jax.Array:
-        logits = model.merge(params, state.fixed)(batch[:, :-1], key=key)
+        logits = model.merge(params, state.fixed)(batch[:, :-1], key=key, step=state.step)
         return _cross_entropy(logits, batch[:, 1:]).mean()
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import jax
 import pytest
 
+from models import PRESETS
 from train.__main__ import main
 from train.folder import latest_run
 from train.options import parse
 
 
 def test_options_reach_the_model(monkeypatch):
-    model = parse(["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat", "--dtype=bfloat16"]).model
-    assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, True)
+    model = parse(["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]).model
+    assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, "full")
     for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert parse([]).model.dtype == dtype
+
+
+def test_a_preset_gives_what_is_not_given():
+    model = parse(["--preset", "gpt2-small", "--num-buckets=64"]).model
+    assert (model.layers, model.width, model.vocab_multiple, model.num_buckets) == (12, 768, 128, 64)
+    assert model == dataclasses.replace(PRESETS["gpt2-small"], num_buckets=64, dtype=model.dtype)
 
 
 def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
@@ -50,8 +58,19 @@ def test_resuming_nothing_says_so(arguments, message, tmp_path, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
-def test_unknown_options_end_with_exit_code_2(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--wdith=3"], "--wdith"),
+        (["--preset=gpt3"], "gpt3"),
+        (["--steps=many"], "--steps"),
+        (["reprot", "runs/a"], "reprot"),
+        (["sample", "runs/a", "--checkpoint=worst"], "worst"),
+        (["report", "runs/a", "--target=low"], "--target"),
+    ],
+)
+def test_unknown_options_and_values_end_with_exit_code_2(arguments, named, capsys):
     with pytest.raises(SystemExit) as raised:
-        main(["--wdith=3"])
+        main(arguments)
     assert raised.value.code == 2
-    assert "--wdith" in capsys.readouterr().err
+    assert named in capsys.readouterr().err

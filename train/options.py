@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import tyro
 
+from models import PRESETS
 from train.config import Config, problem
 from train.errors import TrainError
 from train.folder import CONFIG_FILE, expanded, latest_run, load_config
@@ -30,7 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     """
     config = _read_arguments(argv, Config())
     if not config.run.resume:
-        return _checked(config)
+        # Again, with the values of the model that was named for what is not given.
+        return _checked(_read_arguments(argv, Config(model=PRESETS[config.model.preset])))
     folder = expanded("out", config.run.out) if config.run.out else latest_run()
     stored = load_config(folder)
     # The options given now, on top of those of the run: what differs was asked for explicitly. Checked no

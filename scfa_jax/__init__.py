@@ -1,6 +1,7 @@
 """Sparse causal flash attention for JAX: exact attention over the pairs that the data selects."""
 
 from scfa_jax import reference as reference
+from scfa_jax import remat as remat
 from scfa_jax.attention import causal_attention as causal_attention
 from scfa_jax.attention import hash_sparse_attention as hash_sparse_attention
 from scfa_jax.attention import qk_sparse_attention as qk_sparse_attention

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from scfa_jax import _checks
+from scfa_jax import _checks, remat
 from scfa_jax import block_sizes as defaults
 from scfa_jax import index as indices
 from scfa_jax.index import Implementation, SparseIndex
@@ -313,6 +314,8 @@ def _attend(options: _Options, query, key, value, index):
 
 def _attend_forward(options: _Options, query, key, value, index):
     output, logsumexp = _results(options, query, key, value, index)
+    output = checkpoint_name(output, remat.OUTPUT)
+    logsumexp = checkpoint_name(logsumexp, remat.LOGSUMEXP)
     return (output, logsumexp.swapaxes(1, 2)), (query, key, value, index, output, logsumexp)
 
 

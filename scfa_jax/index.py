@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, search
+from scfa_jax import _checks, remat, search
 from scfa_jax.kernels import _compat
 
 NEVER = np.int32(2**31 - 1)
@@ -252,9 +252,8 @@ def range_index(
         ) from None
     start, stop = (jnp.broadcast_to(jnp.clip(x, 0, key_length), shape) for x in (start, stop))
     empty = start >= stop
-    low, high, order = jax.lax.sort(
-        (jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1), _iota_like(start)), num_keys=1
-    )
+    ranges = (jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1), _iota_like(start))
+    low, high, order = remat.named_index(jax.lax.sort(ranges, num_keys=1))
     return SparseIndex(
         key_order=None,
         key_code=_iota(key_length)[None, None],
@@ -338,11 +337,11 @@ def _key_ranges(
         )
 
     if not _wants_kernels(implementation):
-        return plain(*operands)
+        return remat.named_index(plain(*operands))
     from scfa_jax.kernels import triton_search
 
     by_kernel = functools.partial(triton_search.key_ranges, interpret=False)
-    return jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain)
+    return remat.named_index(jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain))
 
 
 def _both(sort, query_id: jax.Array, key_id: jax.Array):
@@ -359,7 +358,7 @@ def _sorted_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     dtype = jnp.uint16 if ids.shape[-1] <= 2**16 else jnp.int32
     position = jax.lax.broadcasted_iota(dtype, ids.shape, ids.ndim - 1)
     sorted_ids, order = jax.lax.sort((ids, position), num_keys=2, is_stable=False)
-    return sorted_ids, order.astype(jnp.int32)
+    return remat.named_index((sorted_ids, order.astype(jnp.int32)))
 
 
 def _wants_kernels(implementation: Implementation) -> bool:
@@ -376,19 +375,19 @@ def _sorted_codes(ids: jax.Array, num_buckets: int, implementation: Implementati
         return jax.lax.sort(ids * ids.shape[-1] + _iota(ids.shape[-1]), is_stable=False)
 
     if ids.size == 0 or not _wants_kernels(implementation):
-        return by_comparison(ids)
+        return remat.named_index(by_comparison(ids))
     from scfa_jax.kernels import triton_sort  # here, so that a JAX without the backend can import the rest
 
     if num_buckets > triton_sort.MAX_BUCKETS:
-        return by_comparison(ids)
+        return remat.named_index(by_comparison(ids))
     by_counting = functools.partial(triton_sort.sorted_codes, num_buckets=num_buckets, interpret=False)
-    return jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison)
+    return remat.named_index(jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison))
 
 
 def _run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
     """The (ascending) value where the run of equal ids began, for every element."""
     begins = jnp.concatenate([jnp.ones_like(sorted_id[..., :1], bool), sorted_id[..., 1:] != sorted_id[..., :-1]], -1)
-    return jax.lax.cummax(jnp.where(begins, value, 0), axis=value.ndim - 1)
+    return remat.named_index(jax.lax.cummax(jnp.where(begins, value, 0), axis=value.ndim - 1))
 
 
 def _kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,9 @@ from train.options import parse
 
 
 def test_options_reach_the_model(monkeypatch):
-    model = parse(["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]).model
+    model = parse(
+        ["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]
+    ).model
     assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, "full")
     for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)

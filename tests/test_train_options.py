@@ -46,7 +46,7 @@ def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
     [
         (["--resume"], "--resume found no run under runs/"),
         (["--resume", "--out=empty"], "empty holds no run"),
-        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Start a new run"),
+        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Bring it back"),
         (["--resume", "--out=cut"], "cut/config.json cannot be read"),
         (["--resume", "--out=old"], "old/config.json does not fit this version of the program"),
     ],

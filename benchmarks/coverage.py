@@ -103,10 +103,10 @@ def count(options: Options) -> list[dict[str, Any]]:
                         "length": length,
                         "method": method,
                         "chunk_size": chunk_size,
-                        "coverage": float(found.mean()),
-                        "least": float(found.min()),
-                        "greatest": float(found.max()),
-                        "largest_bucket": float(sizes.max(axis=2).mean()) / length,
+                        "coverage": round(float(found.mean()), 6),
+                        "least": round(float(found.min()), 6),
+                        "greatest": round(float(found.max()), 6),
+                        "largest_bucket": round(float(sizes.max(axis=2).mean()) / length, 6),
                     }
                 )
     return rows

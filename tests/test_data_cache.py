@@ -297,6 +297,7 @@ def test_a_cache_that_can_only_be_read_still_serves(path, options, encoded):
         ("absent.txt", None, "does not exist"),
         ("cut.gz", gzip.compress(b"text" * 99)[:-9], "not a whole gzip file"),
     ],
+    ids=["latin", "half a character", "latin in JSON", "blank", "absent", "cut"],
 )
 def test_bad_input_leaves_nothing_in_the_cache(name, content, message, options, tmp_path, monkeypatch):
     monkeypatch.setattr(train.data.sources, "BLOCK_BYTES", 16)

@@ -21,7 +21,7 @@ import train.run
 from models import ModelConfig
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.config import DataConfig, OptimizerConfig, latest_run, load_config, parse
+from train.config import DataConfig, OptimizerConfig, latest_run, load_config, new_run_folder, parse
 from train.data import load_corpus, training_batches
 from train.loop import Compiled, compile_steps
 from train.sample import sample
@@ -409,3 +409,11 @@ def test_samples_are_reproducible_and_longer_than_the_window():
     assert len(draw(1.0, 0)) == 20
     assert draw(1.0, 0) == draw(1.0, 0) != draw(1.0, 1)
     assert draw(0.0, 0) == draw(0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("news.jsonl.zst", "news-hash"), ("shards", "shards-hash"), ("*.jsonl", "texts-hash")]
+)
+def test_a_run_is_named_after_its_data_without_the_signs_of_a_glob(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert new_run_folder(parse([f"--data={data}", "--attention=hash"])) == Path("runs") / name

@@ -23,10 +23,11 @@ import tyro
 
 from benchmarks import results
 from benchmarks.run import RESULTS
-from models import PRESETS, ModelConfig
+from models import ModelConfig
+from models.presets import preset
 from train.config import DataConfig, OptimizerConfig
 from train.data import Batch, load_corpus, training_batches
-from train.step import init, train_step
+from train.step import LanguageModel, TrainState, init, train_step
 
 BASELINES = ("dense", "dense-cudnn")
 
@@ -55,26 +56,26 @@ class Options:
     """Folder of results and plot; by default benchmarks/results/DEVICE."""
 
 
-def configuration(preset: str, kind: str, dtype: str) -> ModelConfig:
+def configuration(name: str, kind: str, dtype: str) -> ModelConfig:
     """The model of a kind.
 
     Args:
-        preset: Where the rest comes from.
+        name: Of the preset that the rest comes from.
         kind: As in `Options.kinds`; "identity" and "identity:shared" are the bounds.
         dtype: Of the computation.
 
     Raises:
         ValueError: It is impossible.
     """
-    name, _, parameter = kind.partition(":")
-    changes: dict[str, Any] = {"attention": name, "dtype": dtype}
-    if name == "hash":
+    attention, _, parameter = kind.partition(":")
+    changes: dict[str, Any] = {"attention": attention, "dtype": dtype}
+    if attention == "hash":
         changes["num_buckets"] = int(parameter)
-    elif name == "qk":
+    elif attention == "qk":
         changes["drop_rate"] = float(parameter)
     elif parameter == "shared":
         changes |= {"share_query_key": True, "normalize_key": True}
-    config = dataclasses.replace(PRESETS[preset], **changes)
+    config = dataclasses.replace(preset(name), **changes)
     if problem := config.problem():
         raise ValueError(problem)
     return config
@@ -101,7 +102,7 @@ def measure(options: Options, length: int, batches: list[Batch], vocab_size: int
     """
     kinds = [*options.kinds, *sorted({bound_of(kind) for kind in options.kinds})]
     optimizer = OptimizerConfig(steps=10_000, warmup=100, lr=6e-4)
-    initial = {}
+    initial: dict[str, tuple[LanguageModel, TrainState]] = {}
 
     def compile_step(kind: str) -> tuple[Any, Any]:
         model, state = initial[kind]
@@ -114,7 +115,9 @@ def measure(options: Options, length: int, batches: list[Batch], vocab_size: int
         config = configuration(options.preset, kind, dtype)
         initial[kind] = init(config, optimizer, vocab_size=vocab_size, max_length=length)
     rows: dict[str, Any] = {}
-    steps, states, times = {}, {}, {}
+    steps: dict[str, Any] = {}
+    states: dict[str, TrainState] = {}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     with ThreadPoolExecutor() as pool:
         for kind, (step, seconds) in zip(kinds, pool.map(compile_step, kinds), strict=True):
             analysis = step.memory_analysis()
@@ -122,7 +125,7 @@ def measure(options: Options, length: int, batches: list[Batch], vocab_size: int
                 "compile_s": round(seconds, 1),
                 "temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
             }
-            steps[kind], states[kind], times[kind] = step, initial.pop(kind)[1], []
+            steps[kind], states[kind] = step, initial.pop(kind)[1]
 
     def run(kind: str, first: int) -> float:
         start = time.perf_counter()
@@ -160,29 +163,39 @@ def draw_batches(options: Options, length: int, count: int) -> tuple[list[Batch]
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, 50_257, (count, batch_size, length + 1)).astype(np.uint16)
         return [Batch(x, None) for x in tokens], 50_257, "random tokens"
-    config = DataConfig(
-        data=options.data, tokenizer="gpt2" if options.bpe else "bytes", bpe=options.bpe, seq_len=length, batch_size=batch_size
-    )
+    tokenizer: Any = "gpt2" if options.bpe else "bytes"
+    config = DataConfig(options.data, tokenizer, options.bpe, seq_len=length, batch_size=batch_size)
     corpus = load_corpus(config)
     batches = training_batches(corpus, config, seed=0)
     return [next(batches) for _ in range(count)], corpus.vocab_size, corpus.name
 
 
-def table(record: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "| tokens | attention | ms a step | tokens/s | over dense | over dense-cudnn | its bound, ms | bound over dense-cudnn |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(lengths: dict[str, Any]) -> str:
+    """The results by length as Markdown."""
+    columns = (
+        "tokens",
+        "attention",
+        "ms a step",
+        "tokens/s",
+        "over dense",
+        "over dense-cudnn",
+        "bound, ms",
+        "bound over",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     ratio = lambda row, name: f"{row[name]:.2f}x" if name in row else "-"
-    for length, rows in record["lengths"].items():
+    for length, rows in lengths.items():
         for kind, row in rows.items():
-            bound = f"{row['bound_ms']:.1f}" if "bound_ms" in row else "-"
-            ratios = (ratio(row, f"speedup_over_{name}") for name in BASELINES)
-            lines.append(
-                f"| {int(length):,} | {kind} | {row['step_ms']:.1f} | {row['tokens_per_second']:,} | {' | '.join(ratios)} | "
-                f"{bound} | {ratio(row, 'bound_over_dense-cudnn')} |"
+            cells = (
+                f"{int(length):,}",
+                kind,
+                f"{row['step_ms']:.1f}",
+                f"{row['tokens_per_second']:,}",
+                *(ratio(row, f"speedup_over_{name}") for name in BASELINES),
+                f"{row['bound_ms']:.1f}" if "bound_ms" in row else "-",
+                ratio(row, f"bound_over_{BASELINES[-1]}"),
             )
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -194,8 +207,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     lengths = [int(length) for length in record["lengths"]]
     for kind in next(iter(record["lengths"].values())):
         rates = [rows[kind]["tokens_per_second"] for rows in record["lengths"].values()]
-        is_bound = kind.startswith("identity")
-        axes.plot(lengths, rates, "k:" if is_bound else "o-", linewidth=1, label=f"{kind} (bound)" if is_bound else kind)
+        axes.plot(lengths, rates, "k:" if kind.startswith("identity") else "o-", linewidth=1, label=kind)
     axes.set(xscale="log", xlabel="tokens a sequence", ylabel="tokens a second", ylim=(0, None))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
     axes.minorticks_off()
@@ -223,7 +235,7 @@ def main() -> int:
         dtype = "bfloat16" if on_gpu else "float32"
         record["lengths"][str(length)] = measure(options, length, batches, vocab_size, dtype)
         results.write(folder / "training.json", record)
-        tqdm.tqdm.write(table({"lengths": {str(length): record["lengths"][str(length)]}}))
+        tqdm.tqdm.write(table({str(length): record["lengths"][str(length)]}))
     plot(record, folder / "training.png")
     print(f"wrote {folder / 'training.json'}, {folder / 'training.png'}")
     return 0

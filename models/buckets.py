@@ -29,8 +29,8 @@ def hash_layers(model: Transformer, tokens: jax.Array, *, segment_ids: jax.Array
     Returns:
         Those of each layer of the kind "hash", first to last.
     """
-    x, found = model.embed(tokens), []
-    draws = model.draw(*tokens.shape, None)
+    batch, length = tokens.shape
+    x, draws, found = model.embed(tokens), model.draw(batch, length, None), []
     for kind, block, draw in zip(model.config.layer_kinds(), model.blocks, draws, strict=True):
         if kind == "hash":
             attention, normed = block.attention, block.norm1(x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import io
 import os
 import resource
@@ -285,38 +284,3 @@ def test_a_cache_that_can_only_be_read_still_serves(path, options, encoded):
     (Path(options["cache"]) / ".lock").mkdir()  # cannot be opened for writing, not even by root
     assert text_of(load(path, **options)) == WHOLE
     assert len(encoded) == len(TEXTS)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"good\n" * 9 + b"bad \xff", r"a\.txt: byte 49 \(0xff\) is not valid UTF-8\. .*--tokenizer bytes"),
-        ("a.txt.gz", gzip.compress(b"cut \xc3"), r"a\.txt\.gz: byte 4 \(0xc3\) is not valid UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not valid JSON"),
-        ("a.jsonl", b"\n\n", "holds no text"),
-        ("absent.txt", None, "does not exist"),
-        ("cut.gz", gzip.compress(b"text" * 99)[:-9], "not a whole gzip file"),
-    ],
-)
-def test_bad_input_leaves_nothing_in_the_cache(name, content, message, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.data.sources, "BLOCK_BYTES", 16)
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(TrainError, match=message) as raised:
-        load(tmp_path / name, **options)
-    assert str(tmp_path / name) in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert entries(options) == []
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"tokenizer": "gpt2"}, "--tokenizer gpt2 needs its files. Name a folder that holds GPT-2's encoder.json"),
-        ({"bpe": "bpe"}, "--bpe bpe goes with --tokenizer gpt2, got --tokenizer bytes"),
-        ({"tokenizer": "gpt2", "bpe": "absent"}, "absent/encoder.json does not exist. Name a folder"),
-    ],
-)
-def test_options_that_do_not_fit_together_are_named(given, message, path):
-    with pytest.raises(TrainError, match=message):
-        load(path, **given)

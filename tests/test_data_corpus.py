@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_cases import load, text_of, write_bpe, write_json_lines
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import train.data.corpus
+import train.data.sources
 from train.errors import TrainError
 
 IMAGES_MAGIC = 0x803
@@ -133,20 +134,56 @@ def test_each_part_must_hold_a_sequence(options, part, tmp_path):
 
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30),
-    held_out=st.floats(0.05, 0.5),
+    held_out=st.floats(0.05, 0.95),
 )
 def test_parts_never_overlap_and_hold_about_their_share(lengths, held_out, tmp_path_factory):
     texts = [chr(97 + number % 26) * length for number, length in enumerate(lengths)]
     path = write_json_lines(tmp_path_factory.mktemp("split") / "a.jsonl", texts)
     total = sum(lengths) + len(lengths)
-    if round(total * held_out) < 4 or total < 12:
-        return
+    assume(min(total * held_out, total * (1 - held_out)) > 4)
     corpus = load(path, held_out=held_out)
     assert text_of(corpus) == "".join("\0" + text for text in texts).encode()
     assert 0.5 * total * held_out - 1 <= len(corpus.held_out) <= 1.5 * total * held_out + 1
     for part in ("train", "held_out"):
         assert (corpus.part(part)[corpus.starts[part]] == 0).all()
         assert len(corpus.starts[part]) == (corpus.part(part) == 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\n" * 9 + b"bad \xff", r"a\.txt: byte 49 \(0xff\) is not valid UTF-8\. .*--tokenizer bytes"),
+        ("a.txt.gz", gzip.compress(b"cut \xc3"), r"a\.txt\.gz: byte 4 \(0xc3\) is not valid UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not valid JSON"),
+        ("a.jsonl", b"\n\n", "holds no text"),
+        ("absent.txt", None, "does not exist"),
+        ("cut.gz", gzip.compress(b"text" * 99)[:-9], "not a whole gzip file"),
+    ],
+    ids=["latin", "half a character", "latin in JSON", "blank", "absent", "cut"],
+)
+def test_bad_input_leaves_nothing_in_the_cache(name, content, message, gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.data.sources, "BLOCK_BYTES", 16)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainError, match=message) as raised:
+        load(tmp_path / name, **gpt2)
+    assert str(tmp_path / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": "gpt2"}, "--tokenizer gpt2 needs its files. Name a folder that holds GPT-2's encoder.json"),
+        ({"bpe": "bpe"}, "--bpe bpe goes with --tokenizer gpt2, got --tokenizer bytes"),
+        ({"tokenizer": "gpt2", "bpe": "absent"}, "absent/encoder.json does not exist. Name a folder"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named(options, message, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(TrainError, match=message):
+        load(tmp_path, **options)
 
 
 # MNIST

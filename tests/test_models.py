@@ -77,6 +77,21 @@ def test_no_gradient_reaches_a_later_position(kind):
     assert (gradient[:, :15] != 0).all()
 
 
+@pytest.mark.parametrize("kind", HERE)
+def test_segments_do_not_see_each_other(kind, tokens):
+    model, key = make(attention=kind, layers=2, num_rounds=2), jax.random.key(0)
+    segment_ids = jnp.broadcast_to(jnp.repeat(jnp.array([4, 7]), 12), tokens.shape)
+    changed = tokens.at[:, :12].set((tokens[:, :12] + 1) % VOCAB)
+    logits = lambda tokens, **options: logits_of(model, tokens, key, **options)
+    packed, other = (logits(x, segment_ids=segment_ids) for x in (tokens, changed))
+    np.testing.assert_allclose(packed[:, 12:], other[:, 12:], atol=1e-5)
+    assert not np.allclose(packed[:, :12], other[:, :12], atol=1e-3)
+    # The first document does not notice that another follows; without segments the second sees the first.
+    np.testing.assert_allclose(packed[:, :12], logits(tokens)[:, :12], atol=1e-5)
+    sees = not np.allclose(logits(tokens)[:, 12:], logits(changed)[:, 12:], atol=1e-3)
+    assert sees == (kind != "identity")
+
+
 def test_layers_take_the_kinds_of_attention_in_turn():
     assert ModelConfig(attention="dense, hash", layers=5).layer_kinds() == (
         *("dense", "hash", "dense", "hash", "dense"),

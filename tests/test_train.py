@@ -211,7 +211,11 @@ def test_what_the_user_can_put_right_is_one_line_and_exit_code_2(options, messag
         ([1.0] * 7 + [np.nan], {}, "The loss is nan at step 8. The last good checkpoint is {}/6. Start again with"),
         ([1.0] * 3 + [np.inf], {}, "The loss is inf at step 4. No checkpoint was written before. Start again with"),
         ([1.0], {"gradient_norm": np.nan}, "The gradient's norm is nan at step 1. No checkpoint was written before."),
-        ([1.0], {"held_out": lambda step: np.nan}, "The held-out loss is nan at step 0. No checkpoint was written before."),
+        (
+            [1.0],
+            {"held_out": lambda step: np.nan},
+            "The held-out loss is nan at step 0. No checkpoint was written before.",
+        ),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_names_the_last_good_checkpoint(

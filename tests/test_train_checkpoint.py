@@ -60,7 +60,9 @@ def test_a_checkpoint_of_another_configuration_names_what_differs(batches, tmp_p
         with pytest.raises(TrainError) as raised:
             checkpoints.restore(1, state_of(0, width=5))
         assert f"{tmp_path}/checkpoints/1 is a checkpoint of another configuration" in str(raised.value)
-        assert "opt_state.1.mu.embedding is (4, 3) there and (4, 5) here. Bring back the config.json" in str(raised.value)
+        assert "opt_state.1.mu.embedding is (4, 3) there and (4, 5) here. Bring back the config.json" in str(
+            raised.value
+        )
         other = state_of(0)._replace(fixed={"rotations": jnp.ones(2)})
         with pytest.raises(TrainError, match=r"fixed\.rotations is absent there and \(2,\) here"):
             checkpoints.restore(1, other)

@@ -28,7 +28,9 @@ def events(folder) -> list[Event]:
 
 def test_lines_say_when_and_go_to_tensorboard_too(tmp_path):
     with Metrics(tmp_path, 0) as metrics:
-        metrics.write(0, {"held_out_loss": 2.5, "bucket_pairs": [0.25, 0.5], "bucket_shares": [[0.6, 0.4]], "peak": None})
+        metrics.write(
+            0, {"held_out_loss": 2.5, "bucket_pairs": [0.25, 0.5], "bucket_shares": [[0.6, 0.4]], "peak": None}
+        )
         metrics.clock.start()
         time.sleep(0.02)
         metrics.clock.stop()
@@ -39,7 +41,9 @@ def test_lines_say_when_and_go_to_tensorboard_too(tmp_path):
     assert "peak" not in first
     assert first["train_seconds"] == 0
     assert 0.02 <= second["train_seconds"] <= second["seconds"]
-    scalars = [(event.step, value.tag, value.simple_value) for event in events(tmp_path) for value in event.summary.value]
+    scalars = [
+        (event.step, value.tag, value.simple_value) for event in events(tmp_path) for value in event.summary.value
+    ]
     assert scalars == [
         (0, "held_out_loss", 2.5),
         (0, "bucket_pairs/0", 0.25),
@@ -77,7 +81,11 @@ def test_the_clock_counts_only_while_it_runs():
 
 @pytest.mark.parametrize(
     ("unit", "per_token", "bits", "perplexity"),
-    [("byte", 1.0, "bits_per_byte", None), ("token", 4.0, "bits_per_byte", 8.0), ("pixel", 1.0, "bits_per_pixel", None)],
+    [
+        ("byte", 1.0, "bits_per_byte", None),
+        ("token", 4.0, "bits_per_byte", 8.0),
+        ("pixel", 1.0, "bits_per_pixel", None),
+    ],
 )
 def test_losses_are_told_in_bits_of_what_people_count(unit, per_token, bits, perplexity):
     units = Units(SimpleNamespace(unit=unit, held_out_units_per_token=per_token))

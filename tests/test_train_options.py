@@ -11,12 +11,14 @@ import pytest
 
 from models import PRESETS
 from train.__main__ import main
-from train.folder import latest_run
+from train.folder import latest_run, new_run_folder
 from train.options import parse
 
 
 def test_options_reach_the_model(monkeypatch):
-    model = parse(["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]).model
+    model = parse(
+        ["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]
+    ).model
     assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, "full")
     for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
@@ -27,6 +29,14 @@ def test_a_preset_gives_what_is_not_given():
     model = parse(["--preset", "gpt2-small", "--num-buckets=64"]).model
     assert (model.layers, model.width, model.vocab_multiple, model.num_buckets) == (12, 768, 128, 64)
     assert model == dataclasses.replace(PRESETS["gpt2-small"], num_buckets=64, dtype=model.dtype)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("news.jsonl.zst", "news-hash"), ("shards", "shards-hash"), ("*.jsonl", "texts-hash")]
+)
+def test_a_run_is_named_after_its_data_without_the_signs_of_a_glob(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert new_run_folder(parse([f"--data={data}", "--attention=hash"])) == Path("runs") / name
 
 
 def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
@@ -44,7 +54,7 @@ def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
     [
         (["--resume"], "--resume found no run under runs/"),
         (["--resume", "--out=empty"], "empty holds no run"),
-        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Start a new run"),
+        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Bring it back"),
         (["--resume", "--out=cut"], "cut/config.json cannot be read"),
         (["--resume", "--out=old"], "old/config.json does not fit this version of the program"),
     ],

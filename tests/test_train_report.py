@@ -72,7 +72,9 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
         "peak memory, GiB",
         "model FLOP utilisation",
     ]
-    assert rows[0] == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 400 | 1.00x | 1.00 | 20.0% |"
+    assert (
+        rows[0] == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 400 | 1.00x | 1.00 | 20.0% |"
+    )
     assert rows[1] == "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 3.1 | 800 | 2.00x |  | 40.0% |"
     assert rule.count("---") == 14
     assert text in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_the_loss_falls_in_one_trace(attention, remat, text):
 
 def test_a_step_in_parts_is_the_step_in_one():
     config = ModelConfig(**{**TINY, "layers": 3, "num_buckets": 4}, attention="dense,hash,qk")
-    batch = random_batch(4, 24, segments=True)
+    batch = random_batch(4, 24, segments=False)
     results = []
     for parts in (1, 2):
         optimizer = OptimizerConfig(steps=10, lr=0.01, warmup=0, accumulate=parts)
@@ -98,7 +98,7 @@ def test_a_run_compiles_once_and_donates_the_state(compiled):
     new, _ = steps.train_step(state, batch)
     jax.block_until_ready(new)
     assert all(array.is_deleted() for array in arrays)
-    with pytest.raises(TypeError, match="called with|Argument types differ"):
+    with pytest.raises(TypeError, match=r"compiled for|Argument types differ"):
         steps.train_step(new, batch._replace(tokens=batch.tokens[:2]))
     part = batch._replace(tokens=batch.tokens[:2])  # evaluations take as many sequences as a part of the step
     assert np.isfinite(steps.eval_step(new.params, new.fixed, part, np.ones(2, np.float32)))

@@ -6,7 +6,8 @@ import io
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -17,7 +18,10 @@ from train.run import run
 from train.sample import SampleOptions, sample_run
 
 # Commands beside training: what their options are and what does them.
-COMMANDS = {"sample": (SampleOptions, sample_run), "report": (ReportOptions, report)}
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "sample": (SampleOptions, sample_run),
+    "report": (ReportOptions, report),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from models.buckets import hash_layers
 from scfa_jax import causal_index, hash_index
 from train.data import Batch
-from train.step import LanguageModel
+from train.step import LanguageModel, inputs_and_targets
 
 
 def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> list[dict[str, jax.Array]]:
@@ -24,10 +24,10 @@ def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> 
         - `pairs`, float32 `[]`: allowed pairs of a query and a key over those of dense attention.
     """
     transformer = model.merge(params, fixed)
-    segment_ids = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
-    segments = {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
-    layers = hash_layers(transformer, batch.tokens[:, :-1], segment_ids=segment_ids)
-    batch_size, length = batch.tokens[:, :-1].shape
+    tokens, _, segment_ids = inputs_and_targets(batch)
+    segments: Any = {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
+    layers = hash_layers(transformer, tokens, segment_ids=segment_ids)
+    batch_size, length = tokens.shape
     dense = jnp.broadcast_to(causal_index(length, length, **segments).stats()["pairs"], (batch_size, 1))
     config, measured = transformer.config, []
     for query, key in layers:

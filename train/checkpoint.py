@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,22 +31,26 @@ class Checkpoints:
         best_loss: The lowest held-out loss of a checkpoint, nats a token; infinite if there is none.
 
     Raises:
-        TrainError: A checkpoint could not be written; from `save`, or when it is left.
+        TrainError: The folder or a checkpoint in it is damaged. A checkpoint could not be written: from `save`, or when
+            it is left.
     """
 
     def __init__(self, folder: Path):
         self._path = (folder / CHECKPOINT_FOLDER).resolve()
         best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1)
-        self._manager = ocp.CheckpointManager(
-            self._path,
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_held_out_loss,
-                best_mode="min",
-                preservation_policy=AnyPreservationPolicy([LatestN(KEPT), best]),
-                create=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_held_out_loss,
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(KEPT), best]),
+            create=True,
         )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        try:
+            self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        except ValueError as error:  # it reads the held-out losses of all checkpoints, and does not say whose failed
+            raise self._cannot_restore(self._without_loss(), error) from error
         best_step = self._manager.best_step()
         self.best_loss = math.inf if best_step is None else _held_out_loss(self._manager.metrics(best_step))
 
@@ -130,10 +135,7 @@ class Checkpoints:
         except TrainError:
             raise
         except Exception as error:  # orbax raises whatever its storage layers do
-            raise TrainError(
-                f"{self.path(step)} cannot be restored ({_summary(error)}). "
-                f"Delete that folder to continue from the checkpoint before it."
-            ) from error
+            raise self._cannot_restore(self.path(step), error) from error
         return TrainState(**restored["state"])
 
     def _check_fits(self, step: int, like: TrainState) -> None:
@@ -152,6 +154,21 @@ class Checkpoints:
             yield
         except Exception as error:  # of this checkpoint, or of the last one, which was written beside the training
             raise self._cannot_write(error) from error
+
+    def _without_loss(self) -> Path:
+        """The checkpoint whose record of its held-out loss is damaged."""
+        for file in self._path.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError:
+                return file.parent.parent
+        return self._path
+
+    def _cannot_restore(self, path: Path, error: Exception) -> TrainError:
+        return TrainError(
+            f"{path} cannot be restored ({_summary(error)}). "
+            f"Delete that folder to continue from the checkpoint before it."
+        )
 
     def _cannot_write(self, error: Exception) -> TrainError:
         return TrainError(

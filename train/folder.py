@@ -157,7 +157,7 @@ def new_run_folder(config: Config) -> Path:
         if (folder / CONFIG_FILE).exists():
             raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
         return folder
-    text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0]
+    text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0].strip("*?[]") or "texts"
     name = f"{text}-{config.model.attention.replace(',', '-').replace(' ', '')}"
     folder, count = RUNS_FOLDER / name, 1
     while folder.exists():

@@ -38,7 +38,7 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
     part, weights = _shapes(next(held_out_batches(corpus, _evaluated(config), max_tokens=1)))
     batch = jax.tree.map(lambda x: x.update(shape=(config.data.batch_size, *x.shape[1:])), part)
     # Per compilation, not in XLA_FLAGS: those are read once, and hold for all that the process computes.
-    options = {"xla_gpu_deterministic_ops": True} if config.run.deterministic else None
+    options: dict[str, str | bool] | None = {"xla_gpu_deterministic_ops": True} if config.run.deterministic else None
 
     def compiled(function: Callable[..., Any], *arguments: Any, **jit: Any) -> Any:
         return jax.jit(function, **jit).lower(*arguments).compile(compiler_options=options)
@@ -152,4 +152,6 @@ def _shapes(arrays: Any) -> Any:
 def _last_good(checkpoints: Checkpoints) -> str:
     checkpoints.wait()
     step = checkpoints.latest_step
-    return "No checkpoint was written before." if step is None else f"The last good checkpoint is {checkpoints.path(step)}."
+    if step is None:
+        return "No checkpoint was written before."
+    return f"The last good checkpoint is {checkpoints.path(step)}."

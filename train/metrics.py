@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a line, read back by the report and by a resumed run, and TensorBoard's files."""
+"""The record of a run: a JSON object a line, read back by the report and by a resumed run, and TensorBoard's files."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def plot_losses(runs: Mapping[str, History], title: str, path: Path) -> None:
         for number, (name, history) in enumerate(runs.items()):
             color = f"C{number % 10}"
             axes.plot(*column(history, f"bits_per_{unit}", x), "-", color=color, linewidth=0.8, alpha=0.5)
-            axes.plot(*column(history, f"held_out_bits_per_{unit}", x), "o-", color=color, markersize=4, label=_label(name))
+            axes.plot(
+                *column(history, f"held_out_bits_per_{unit}", x), "o-", color=color, markersize=4, label=_label(name)
+            )
         _dress(axes, x)
     figure.axes[0].set_ylabel(f"bits per {unit}: dots held out, thin lines training")
     # The first evaluation, before any training, would take up most of the height.
@@ -101,7 +103,9 @@ def plot_bucket_sizes(history: History, title: str, path: Path) -> bool:
     for layer, axes in enumerate(panels.flat):
         axes.set_visible(layer < layers)
         if layer < layers:
-            mesh = axes.pcolormesh(range(len(steps)), range(1, buckets + 1), shares[:, layer].T, vmin=0, vmax=shares.max())
+            mesh = axes.pcolormesh(
+                range(len(steps)), range(1, buckets + 1), shares[:, layer].T, vmin=0, vmax=shares.max()
+            )
             axes.set_xticks(range(len(steps)), [str(step) for step in steps], rotation=90, fontsize="x-small")
             axes.set_title(f"hash layer {layer}", fontsize="small")
     figure.supxlabel("step", fontsize="small")

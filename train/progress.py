@@ -41,7 +41,7 @@ class Progress:
         self._metrics, self._units = metrics, units
         self._tokens_per_step, self._every = tokens_per_step, every
         self._in_flight: deque[tuple[int, Measured]] = deque()
-        self._read: list[Measured] = []  # since the last record
+        self._read: list[dict[str, float]] = []  # since the last record
         self._step = step  # of the last one read
         self._recorded_at = metrics.clock.seconds
         self._last_line = -math.inf
@@ -90,10 +90,10 @@ class Progress:
 
     def _read_one(self) -> None:
         self._step, arrays = self._in_flight.popleft()
-        measured = Measured(*(float(array) for array in jax.device_get(arrays)))
-        for name, number in (("loss", measured.loss), ("gradient's norm", measured.gradient_norm)):
-            if not math.isfinite(number):
-                raise NotFiniteError(f"The {name} is {number} at step {self._step}.")
+        measured: dict[str, float] = {name: float(array) for name, array in arrays._asdict().items()}
+        for name, said in (("loss", "loss"), ("gradient_norm", "gradient's norm")):
+            if not math.isfinite(measured[name]):
+                raise NotFiniteError(f"The {said} is {measured[name]} at step {self._step}.")
         self._read.append(measured)
         if self._step % self._every == 0:
             self._record()
@@ -101,14 +101,14 @@ class Progress:
     def _record(self) -> None:
         count, now = len(self._read), self._metrics.clock.seconds
         rate = count * self._tokens_per_step / max(now - self._recorded_at, 1e-9)
-        loss = math.fsum(measured.loss for measured in self._read) / count
+        loss = math.fsum(measured["loss"] for measured in self._read) / count
         self._metrics.write(
             self._step,
             {
                 **self._units.training(loss),
                 "tokens_per_second": round(rate, 1),
-                "gradient_norm": math.fsum(measured.gradient_norm for measured in self._read) / count,
-                "learning_rate": self._read[-1].learning_rate,
+                "gradient_norm": math.fsum(measured["gradient_norm"] for measured in self._read) / count,
+                "learning_rate": self._read[-1]["learning_rate"],
                 "peak_memory_bytes": peak_memory(),
             },
         )

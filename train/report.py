@@ -61,7 +61,9 @@ def report(options: ReportOptions) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / TABLE_FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        (out / JSON_FILE).write_text(json.dumps({"unit": unit, "target": options.target, "runs": rows}, indent=2) + "\n")
+        (out / JSON_FILE).write_text(
+            json.dumps({"unit": unit, "target": options.target, "runs": rows}, indent=2) + "\n"
+        )
         plot_losses(histories, "", out / PLOT_FILE)
         plot_speed_and_buckets(histories, {row["run"]: row["tokens_per_step"] for row in rows}, out / SPEED_FILE)
         files = [TABLE_FILE, JSON_FILE, PLOT_FILE, SPEED_FILE]

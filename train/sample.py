@@ -140,7 +140,8 @@ def _prompt(options: SampleOptions, corpus: Corpus) -> np.ndarray:
     if options.prompt is None:
         return corpus.held_out[:DEFAULT_PROMPT_LENGTH]
     try:
-        tokens = tokenizer.encode(options.prompt.encode("utf-8", "surrogateescape"))  # a command line may hold any bytes
+        # A command line may hold any bytes.
+        tokens = tokenizer.encode(options.prompt.encode("utf-8", "surrogateescape"))
     except TrainError as error:
         raise TrainError(f"--prompt: {error}. Write it in UTF-8, or train on bytes.") from None
     return tokens if len(tokens) else nothing

@@ -94,8 +94,8 @@ def train_step(
     def loss_of(params: Any, batch: Batch, draws: Any) -> jax.Array:
         """The part's share of the mean over all tokens."""
         transformer = model.merge(params, state.fixed)
-        features = transformer.features(batch.tokens[:, :-1], draws=draws, segment_ids=_inputs(batch.segment_ids))
-        targets = batch.tokens[:, 1:]
+        tokens, targets, segment_ids = inputs_and_targets(batch)
+        features = transformer.features(tokens, draws=draws, segment_ids=segment_ids)
         return cross_entropy(features, _table(transformer), targets, jnp.full(targets.shape, 1 / (batch_size * length)))
 
     loss, gradients = _accumulated(jax.value_and_grad(loss_of), state.params, (batch, draws), config.accumulate)
@@ -108,9 +108,16 @@ def train_step(
 def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch, weights: jax.Array) -> jax.Array:
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
     transformer = model.merge(params, fixed)
-    features = transformer.features(batch.tokens[:, :-1], segment_ids=_inputs(batch.segment_ids))
-    targets = batch.tokens[:, 1:]
+    tokens, targets, segment_ids = inputs_and_targets(batch)
+    features = transformer.features(tokens, segment_ids=segment_ids)
     return cross_entropy(features, _table(transformer), targets, jnp.broadcast_to(weights[:, None], targets.shape))
+
+
+def inputs_and_targets(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What is read, what follows it, and the documents of what is read, if they are separate: `[B, T]` each."""
+    tokens = jnp.asarray(batch.tokens)
+    segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)[:, :-1]
+    return tokens[:, :-1], tokens[:, 1:], segment_ids
 
 
 def _accumulated(
@@ -136,11 +143,6 @@ def _accumulated(
 def _table(transformer: Transformer) -> jax.Array:
     """What scores the tokens, `[V, width]`."""
     return transformer.embedding.embedding[...]
-
-
-def _inputs(segment_ids: jax.Array | None) -> jax.Array | None:
-    """Those of the tokens that are read, not predicted."""
-    return None if segment_ids is None else segment_ids[:, :-1]
 
 
 def _decayed(params: Any) -> Any:

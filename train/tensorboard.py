@@ -39,9 +39,7 @@ class TensorBoard:
                 numbers[name] = value
             elif value and isinstance(value[0], int | float):
                 numbers |= {f"{name}/{layer}": number for layer, number in enumerate(value)}
-        self._add(
-            step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in numbers.items()])
-        )
+        self._add(step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in numbers.items()]))
 
     def close(self) -> None:
         """Closes the file."""

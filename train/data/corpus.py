@@ -155,7 +155,7 @@ def _held_out_start(tokens: Tokens, tokenizer: Tokenizer, held_out: float) -> in
     total = int(tokens.sizes.sum())
     wanted = total - max(1, round(total * held_out))
     nearest = int(np.abs(begins - wanted).argmin())
-    if abs(int(begins[nearest]) - wanted) <= 0.5 * (total - wanted):
+    if nearest > 0 and abs(int(begins[nearest]) - wanted) <= 0.5 * (total - wanted):
         return int(tokens.starts[nearest])
     document = int(np.searchsorted(begins, wanted, side="right")) - 1
     start, stop = tokens.starts[document], [*tokens.starts[document + 1 :][:1], len(tokens.values)][0]

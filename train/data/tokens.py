@@ -66,7 +66,7 @@ def load_tokens(source: Source, tokenizer: Tokenizer, cache: Path) -> Tokens:
         values = np.frombuffer(buffer.getbuffer(), tokenizer.dtype)
         return Tokens(values, starts, sizes, _sha256(values, starts, sizes))
     wanted = _fingerprint(source, tokenizer)
-    key = hashlib.sha256(json.dumps([str(path) for path in source.paths]).encode() + tokenizer.identity.encode())
+    key = hashlib.sha256(json.dumps([tokenizer.identity, [name for name, *_ in wanted["files"]]]).encode())
     stem = re.sub(r"[^\w-]+", "-", source.name.split(".")[0])[:40]
     entry = cache / f"{stem}-{tokenizer.name}-{key.hexdigest()[:12]}"
     tokens = _load(entry, wanted)
@@ -176,7 +176,7 @@ def _result(piece: Piece, tokens: Future[np.ndarray]) -> tuple[Piece, np.ndarray
 
 def _fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a cached copy was made of."""
-    files = [[str(path), *_stat(path)] for path in source.paths]
+    files = [[str(path.absolute()), *_stat(path)] for path in source.paths]
     return {"version": CACHE_VERSION, "tokenizer": tokenizer.identity, "split": source.split, "files": files}
 
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.training` times whole training steps by kind of attention, beside the step without attention.
 
-At every length all kinds take turns in one process: a step is data in, loss and new parameters out, as `python -m train`
-runs it. The bound of a kind is the same step with the values passed through in attention's place, with the same
-projections.
+At every length all kinds take turns in one process. A step is data in, loss and new parameters out, as in
+`python -m train`. The bound of a kind is the same step, with the same projections, that passes the values through in
+place of attention.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -322,3 +324,21 @@ def test_no_more_room_while_training_is_one_line_and_the_run_resumes(
     assert complaint.count("\n") == 1
     assert main([f"--out={folder}", "--resume"]) == 0
     assert [record["step"] for record in records(folder) if "loss" in record][-1] == STEPS
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_is_one_line_in_a_process_of_its_own(text, tmp_path):
+    """Here TensorStore's own threads meet the limit, in the middle of many writes."""
+
+    def run(before: str, *more: str) -> subprocess.CompletedProcess:
+        options = ["--data=text.txt", "--attention=dense", "--layers=1", "--width=32", "--heads=2", "--steps=4"]
+        options += ["--seq-len=16", "--batch-size=2", "--eval-every=2", "--eval-tokens=64", "--sample-length=0"]
+        command = ["sh", "-c", f'{before} exec "$0" -m train "$@"', sys.executable, "--out=run", *options, *more]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    full = run("ulimit -f 40;")  # blocks of 512 bytes
+    assert full.returncode == 2, full
+    assert full.stderr.startswith(f"error: A checkpoint in {tmp_path}/run/checkpoints cannot be written (")
+    assert full.stderr.count("\n") == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert run("", "--resume").returncode == 0

@@ -55,5 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _without_late_writes(unraisable: Any) -> None:
+    """Prints what could not be raised, but for writes of a checkpoint that fail after one that was raised."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _without_late_writes
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ class Checkpoints:
         except Exception as error:
             if exception[0] is None:  # else it is told what went wrong first
                 raise self._cannot_write(error) from error
+        finally:
+            for partial in self._path.glob("*.orbax-checkpoint-tmp"):  # a whole one has another name
+                shutil.rmtree(partial, ignore_errors=True)
 
     @property
     def latest_step(self) -> int | None:

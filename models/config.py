@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-ATTENTION_KINDS = ("dense", "hash", "qk")
+import jax
+
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity")
+Remat = Literal["none", "full", "save_attention"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model."""
 
+    preset: Literal["cpu", "bytes", "mnist", "gpt2-small"] = "cpu"
+    """Where options of the model that are not given come from: a small model for a CPU, one for bytes, one for
+    the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
-    """Attention of the layers: dense, hash (buckets) or qk (dropped queries and keys). One kind for all, or
-    several separated by commas, repeated over the layers: dense,hash."""
+    """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
+    keys), reformer (buckets cut into chunks) or identity (none: the bound on speed). One kind for all, or several
+    separated by commas, repeated over the layers: dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -23,18 +30,31 @@ class ModelConfig:
     """Attention heads a layer; must divide the width."""
     positions: Literal["rotary", "learned"] = "rotary"
     """How the model knows where a token stands."""
+    vocab_multiple: int = 1
+    """The embedding gets rows that stand for no token, until their number is a multiple of this."""
+    share_query_key: bool | None = None
+    """Whether keys are the queries, with no projection of their own; None: in hash and reformer layers alone."""
+    normalize_key: bool | None = None
+    """Whether the keys of each head have unit length; None: in hash and reformer layers alone."""
     num_buckets: int = 4
-    """Hash buckets of a hash layer: even."""
+    """Hash buckets of a hash or reformer layer: even."""
     exclude_self: bool = True
     """Whether a token of a hash layer may not attend to itself."""
     hash_before_rotary: bool = False
-    """Whether a hash layer hashes before it rotates, so that buckets do not depend on positions."""
+    """Whether a hash or reformer layer hashes before it rotates, so that buckets do not depend on positions."""
+    num_rounds: int = 1
+    """Hash rounds of a reformer layer."""
+    chunk_size: int | None = None
+    """Tokens in a chunk of a reformer layer; None: twice as many as are in a bucket on average."""
     drop_rate: float = 0.3
     """Share of queries and of keys that a qk layer drops while training."""
+    drop_warmup: int = 0
+    """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
-    remat: bool = False
-    """Compute each block again in the backward pass, not keep its activations: less memory, more time."""
+    remat: Remat = "none"
+    """What to compute again in the backward pass, for less memory and more time: nothing, each block, or each
+    block but for the attention kernels' results."""
 
     def layer_kinds(self) -> tuple[str, ...]:
         """The attention kind of every layer, first to last."""
@@ -43,18 +63,30 @@ class ModelConfig:
 
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
-        for name in ("layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                return f"--{name} must be at least 1, got {getattr(self, name)}."
-        unknown = [kind.strip() for kind in self.attention.split(",") if kind.strip() not in ATTENTION_KINDS]
+        for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                return f"--{name.replace('_', '-')} must be at least 1, got {number}."
+        kinds = [kind.strip() for kind in self.attention.split(",")]
+        unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:
             return f"--attention takes {', '.join(ATTENTION_KINDS)} or a list of them, got {unknown[0]!r}."
+        if self.remat not in get_args(Remat):
+            return f"--remat takes {', '.join(get_args(Remat))}, got {self.remat!r}."
         if self.width % self.heads:
             return f"--heads must divide --width, got {self.heads} heads for a width of {self.width}."
         if self.positions == "rotary" and self.width // self.heads % 2:
             return f"Rotary positions need an even width a head, got {self.width // self.heads}."
         if self.num_buckets < 2 or self.num_buckets % 2:
             return f"--num-buckets must be an even number of at least 2, got {self.num_buckets}."
+        if "reformer" in kinds and self.share_query_key is False:
+            return "--share-query-key False does not go with --attention reformer: its keys are its queries."
+        if "dense-cudnn" in kinds and jax.default_backend() != "gpu":
+            return f"--attention dense-cudnn needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}."
+        if "dense-cudnn" in kinds and self.dtype == "float32":
+            return "--attention dense-cudnn needs --dtype bfloat16, got float32."
         if not 0 <= self.drop_rate < 1:
             return f"--drop-rate must be at least 0 and below 1, got {self.drop_rate}."
+        if self.drop_warmup < 0:
+            return f"--drop-warmup must not be negative, got {self.drop_warmup}."
         return None

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.attention import Draw, draw_kept, drop_rate, make_attention
 from models.config import ModelConfig
-from models.rotary import rotary
-from scfa_jax.nnx import CausalSelfAttention
-from scfa_jax.sparsity import Drop, Hash, Sparsity
+from scfa_jax.remat import save_attention
 
-# What one layer's attention hashes or drops by: keywords of `CausalSelfAttention`, none in a dense layer.
-Draw: TypeAlias = dict[str, jax.Array]
+# What each way to compute blocks again keeps of them.
+POLICIES = {"full": None, "save_attention": save_attention}
 
 
 class Block(nnx.Module):
     """One layer: attention, then a perceptron, each behind a layer norm and beside a residual path."""
 
-    def __init__(self, config: ModelConfig, sparsity: Sparsity, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: str, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width = config.width
         # Every residual branch starts small, so that the sum over all of them starts at the size of one.
         branch_end = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = CausalSelfAttention(
-            width,
-            config.heads,
-            sparsity=sparsity,
-            rotary=rotary if config.positions == "rotary" else None,
-            out_kernel_init=branch_end,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.attention = make_attention(config, kind, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.shrink = nnx.Linear(4 * width, width, dtype=dtype, kernel_init=branch_end, rngs=rngs)
 
-    def __call__(self, x: jax.Array, draw: Draw) -> jax.Array:
-        """Maps `[B, T, width]` to the same; `draw` comes from `self.attention.draw`."""
-        x = x + self.attention(self.norm1(x), deterministic=True, **draw)
+    def __call__(self, x: jax.Array, draw: Draw, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Maps `[B, T, width]` to the same; `draw` is this layer's of `Transformer.draw`."""
+        segments = {} if segment_ids is None else {"segment_ids": segment_ids}
+        x = x + self.attention(self.norm1(x), deterministic=True, **segments, **draw)
         return x + self.shrink(nnx.gelu(self.expand(self.norm2(x))))
 
 
@@ -66,70 +58,99 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         normal = nnx.initializers.normal(0.02)
         embed = functools.partial(nnx.Embed, features=config.width, dtype=dtype, embedding_init=normal, rngs=rngs)
-        self.embedding = embed(vocab_size)
+        self.vocab_size = vocab_size
+        self.embedding = embed(-(-vocab_size // config.vocab_multiple) * config.vocab_multiple)
         self.position = embed(max_length) if config.positions == "learned" else None
-        self.blocks = nnx.List(
-            [Block(config, _sparsity(config, kind), dtype, rngs=rngs) for kind in config.layer_kinds()]
-        )
+        self.blocks = nnx.List([Block(config, kind, dtype, rngs=rngs) for kind in config.layer_kinds()])
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def draw(self, batch: int, length: int, key: jax.Array | None) -> list[Draw]:
-        """What every layer hashes and drops by: a new draw from `key`, or the one of evaluation if None."""
-        keys = [None if key is None else jax.random.fold_in(key, layer) for layer in range(len(self.blocks))]
-        return [
-            block.attention.draw(batch, length, deterministic=key is None, rngs=layer_key)
-            for block, layer_key in zip(self.blocks, keys, strict=True)
-        ]
+    def draw(self, batch: int, length: int, key: jax.Array | None, step: jax.Array | int | None = None) -> list[Draw]:
+        """What every layer hashes and drops by.
 
-    def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Scores the next token at every position.
+        Args:
+            batch: `B`.
+            length: `T`.
+            key: Of a new draw; None for that of evaluation, where nothing is dropped.
+            step: The training step, for a rate of dropping that depends on it; an int or int32 `[]`.
+
+        Returns:
+            One entry a layer, for `features`.
+
+        Raises:
+            ValueError: The rate of dropping depends on the step, and there is none.
+        """
+        draws = []
+        for layer, (kind, block) in enumerate(zip(self.config.layer_kinds(), self.blocks, strict=True)):
+            own = None if key is None else jax.random.fold_in(key, layer)
+            if kind == "qk" and own is not None:
+                draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
+            else:
+                draws.append(block.attention.draw(batch, length, deterministic=own is None, rngs=own))
+        return draws
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
+        """Scores the next token at every position: `logits(features(tokens, **options))`."""
+        return self.logits(self.features(tokens, **options))
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        step: jax.Array | int | None = None,
+        draws: list[Draw] | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """What `logits` reads.
 
         Args:
             tokens: int `[B, T]`.
             key: For training: draws new hashes and drops tokens. None for evaluation: the hashes that the
                 model was made with, nothing dropped.
+            step: The training step, as `draw` takes it.
+            draws: What `draw` returned, instead of `key` and `step`.
+            segment_ids: int32 `[B, T]`: tokens attend inside their own segment alone, as when documents share a
+                sequence. Positions go on counting from one segment to the next. Or None.
 
         Returns:
-            Logits, float32 `[B, T, vocab_size]`.
+            `[B, T, width]`.
+
+        Raises:
+            ValueError: The sequence is longer than the learned positions, or `step` is missing.
+            NotImplementedError: There are segments, and a layer cannot keep them apart.
+        """
+        batch, length = tokens.shape
+        x = self.embed(tokens)
+        # Drawn out here: a rematerialised block must see the same draw when it is computed again.
+        draws = self.draw(batch, length, key, step) if draws is None else draws
+        for block, draw in zip(self.blocks, draws, strict=True):
+            x = _call(block, self.config.remat, x, draw, segment_ids)
+        return self.norm(x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """What the first block reads: int `[B, T]` to `[B, T, width]`.
 
         Raises:
             ValueError: The sequence is longer than the learned positions.
         """
-        return self.logits(self.features(tokens, key=key))
-
-    def features(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """What `logits` reads: `[B, T, width]`. Arguments as in `__call__`."""
-        batch, length = tokens.shape
-        tokens = tokens.astype(jnp.int32)
-        x = self.embedding(tokens)
-        if self.position is not None:
-            if length > self.position.num_embeddings:
-                raise ValueError(
-                    f"tokens must be at most {self.position.num_embeddings} long with learned positions, got {length}."
-                )
-            x = x + self.position(jnp.arange(length))
-        call = _call_again if self.config.remat else _call
-        # Drawn out here: a rematerialised block must see the same draw when it is computed again.
-        for block, draw in zip(self.blocks, self.draw(batch, length, key), strict=True):
-            x = call(block, x, draw)
-        return self.norm(x)
+        x = self.embedding(tokens.astype(jnp.int32))
+        if self.position is None:
+            return x
+        length, longest = tokens.shape[1], self.position.num_embeddings
+        if length > longest:
+            raise ValueError(f"tokens must be at most {longest} long with learned positions, got {length}.")
+        return x + self.position(jnp.arange(length))
 
     def logits(self, features: jax.Array) -> jax.Array:
         """Scores every token by its embedding: `[..., width]` to float32 `[..., vocab_size]`."""
-        table = self.embedding.embedding[...].astype(features.dtype)
+        table = self.embedding.embedding[...][: self.vocab_size].astype(features.dtype)
         return jnp.einsum("...d,vd->...v", features, table, preferred_element_type=jnp.float32)
 
 
-def _call(block: Block, x: jax.Array, draw: Draw) -> jax.Array:
-    return block(x, draw)
-
-
-def _call_again(block: Block, x: jax.Array, draw: Draw) -> jax.Array:
-    """Calls a block that keeps nothing for the backward pass and computes it again there."""
+def _call(block: Block, remat: str, *arguments: Any) -> jax.Array:
+    """Calls a block, whose parts are computed again in the backward pass as `remat` says."""
+    if remat == "none":
+        return block(*arguments)
     graph, state = nnx.split(block)
-    return jax.checkpoint(lambda state, x, draw: nnx.merge(graph, state)(x, draw))(state, x, draw)
-
-
-def _sparsity(config: ModelConfig, kind: str) -> Sparsity:
-    in_buckets = Hash(config.num_buckets, config.exclude_self, config.hash_before_rotary)
-    return {"dense": None, "hash": in_buckets, "qk": Drop(config.drop_rate)}[kind]
+    again = jax.checkpoint(lambda state, *arguments: nnx.merge(graph, state)(*arguments), policy=POLICIES[remat])
+    return again(state, *arguments)

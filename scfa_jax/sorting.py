@@ -27,8 +27,11 @@ def both(sort, query_id: jax.Array, key_id: jax.Array):
 
 def sorted_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The ids `[B, N, L]` in ascending order, and where each stood, ascending among equal ids."""
-    result, order = jax.lax.sort((ids, iota_like(ids)), num_keys=1, is_stable=True)
-    return remat.named_index((result, order))
+    # Rows as a second key need no stable sort, and take half the room in one where 16 bits hold them.
+    dtype = jnp.uint16 if ids.shape[-1] <= 2**16 else jnp.int32
+    row = jax.lax.broadcasted_iota(dtype, ids.shape, ids.ndim - 1)
+    result, order = jax.lax.sort((ids, row), num_keys=2, is_stable=False)
+    return remat.named_index((result, order.astype(jnp.int32)))
 
 
 def sorted_codes(ids: jax.Array, num_buckets: int, implementation: Implementation) -> jax.Array:

@@ -264,7 +264,7 @@ def segment_ids(rng: np.random.Generator, size: tuple[int, int], kind: str):
 
 
 def in_segments(case: Case, rng: np.random.Generator, kind: str, *, shared: bool = False, batch: int = 0) -> Case:
-    """The case within random segments: one id per token for both sides if `shared`; `batch` is 1 or that of the case."""
+    """The case within random segments; both sides have the same if `shared`, all batch elements if `batch` is 1."""
     batch = batch or case.query.shape[0]
     query_ids = jnp.asarray(segment_ids(rng, (batch, case.query.shape[1]), kind))
     key_ids = query_ids if shared else jnp.asarray(segment_ids(rng, (batch, case.key.shape[1]), kind))

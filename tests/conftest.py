@@ -6,7 +6,8 @@ import shutil
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share a GPU
 # The suite compiles thousands of small functions and runs each once: no time for optimisation or autotuning.
 if shutil.which("nvidia-smi"):
-    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    # Deterministic: else XLA sums an embedding's gradient in any order, and no run continues bit for bit.
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true")
     # The projections of Flax's layers are compared to float32 accuracy; the library's own dots never ask for this.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 else:
@@ -45,3 +46,58 @@ def pytest_collection_modifyitems(items):
 def implementation(request) -> str:
     """Each implementation that runs here."""
     return request.param
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} bottles of beer on the wall, " for number in range(100)))
+    return path
+
+
+@pytest.fixture
+def start(text, tmp_path, monkeypatch):
+    """Calls `python -m train` with options for a tiny run of 12 steps, and returns its exit code."""
+    from train.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    options = {"layers": 1, "width": 16, "heads": 2, "num_buckets": 2, "dtype": "float32"}
+    options |= {"data": text, "seq_len": 16, "batch_size": 2, "steps": 12, "warmup": 2, "lr": 0.01}
+    options |= {"log_every": 1, "eval_every": 8, "eval_tokens": 64, "checkpoint_every": 6, "sample_length": 5}
+
+    def call(**more) -> int:
+        return main([f"--{name.replace('_', '-')}={value}" for name, value in {**options, **more}.items()])
+
+    return call
+
+
+@pytest.fixture
+def fake_steps(monkeypatch):
+    """Puts a step in the place of the compiled one that tells the losses given, the last one for ever.
+
+    The held-out loss is a function of the steps done; samples are empty.
+    """
+    import jax.numpy as jnp
+
+    import train.run
+    import train.sample
+    from train.loop import Compiled
+    from train.step import Measured
+
+    def put(*losses: float, gradient_norm: float = 1.0, held_out=lambda step: 1.0) -> None:
+        done = 0
+
+        def step(state, batch):
+            nonlocal done
+            done = int(state.step) + 1
+            measured = Measured(*map(jnp.float32, (losses[min(done, len(losses)) - 1], gradient_norm, 0.1)))
+            return state._replace(step=state.step + 1), measured
+
+        def evaluation(params, fixed, batch, weights):
+            return jnp.float32(held_out(done) * weights.sum() * (batch.tokens.shape[1] - 1))
+
+        monkeypatch.setattr(train.run, "compile_steps", lambda *arguments: Compiled(step, evaluation, None))
+        monkeypatch.setattr(train.sample, "generate", lambda model, state, prompts, **options: prompts)
+
+    return put

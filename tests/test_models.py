@@ -1,7 +1,8 @@
-"""The language model: shapes, dtypes, causality, tied embeddings, rematerialisation."""
+"""The language model: shapes, dtypes, causality, kinds of attention, tied embeddings, rematerialisation."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,30 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
-from models import ModelConfig, Transformer
+from models import PRESETS, ModelConfig, Transformer, preset
+from models.attention import cudnn_attention
 from models.config import ATTENTION_KINDS
 from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
 
 VOCAB, LENGTH = 40, 24
-ALL_KINDS = "dense, hash,qk"  # one layer of each
+HERE = ("dense", "hash", "qk", "reformer", "identity")  # dense-cudnn needs a GPU
 
 
 def make(seed: int = 0, **options) -> Transformer:
-    defaults = {"attention": ALL_KINDS, "layers": 3, "width": 32, "heads": 2, "dtype": "float32"}
+    defaults = {"attention": "dense, hash,qk", "layers": 3, "width": 32, "heads": 2, "dtype": "float32"}
     config = ModelConfig(**{**defaults, **options})
     return Transformer(config, vocab_size=VOCAB, max_length=LENGTH, rngs=nnx.Rngs(seed, sparsity=seed))
 
 
-def logits_of(model: Transformer, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def logits_of(model: Transformer, tokens: jax.Array, key: jax.Array | None = None, **options) -> jax.Array:
     graph, state = nnx.split(model)
-    return _apply(graph, state, tokens, key)
+    return _apply(graph, state, tokens, key, options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(graph, state, tokens, key):
-    return nnx.merge(graph, state)(tokens, key=key)
+def _apply(graph, state, tokens, key, options):
+    return nnx.merge(graph, state)(tokens, key=key, **options)
 
 
 @pytest.fixture
@@ -50,9 +53,10 @@ def test_the_order_of_earlier_tokens_counts(positions, tokens):
 
 
 @pytest.mark.parametrize("key", [None, 5], ids=["evaluation", "training"])
-def test_logits_are_float32_and_no_position_sees_a_later_one(key, tokens):
+@pytest.mark.parametrize("kind", HERE)
+def test_no_position_sees_a_later_one(kind, key, tokens):
     key = None if key is None else jax.random.key(key)
-    model = make()
+    model = make(attention=kind, layers=2, num_rounds=2)
     changed = tokens.at[:, 15:].set((tokens[:, 15:] + 1) % VOCAB)
     before, after = logits_of(model, tokens, key), logits_of(model, changed, key)
     assert before.shape == (2, LENGTH, VOCAB)
@@ -60,6 +64,32 @@ def test_logits_are_float32_and_no_position_sees_a_later_one(key, tokens):
     assert np.isfinite(before).all()
     np.testing.assert_allclose(before[:, :15], after[:, :15], atol=1e-5)
     assert not np.allclose(before[:, 15:], after[:, 15:], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_no_gradient_reaches_a_later_position(kind):
+    block = make(attention=kind, layers=1, num_rounds=2).blocks[0]
+    draw = block.attention.draw(1, LENGTH, deterministic=True)
+    graph, state = nnx.split(block)
+    x = jax.random.normal(jax.random.key(1), (1, LENGTH, 32))
+    gradient = jax.jit(jax.grad(lambda x: nnx.merge(graph, state)(x, draw)[:, :15].sum()))(x)
+    np.testing.assert_array_equal(gradient[:, 15:], 0)
+    assert (gradient[:, :15] != 0).all()
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_segments_do_not_see_each_other(kind, tokens):
+    model, key = make(attention=kind, layers=2, num_rounds=2), jax.random.key(0)
+    segment_ids = jnp.broadcast_to(jnp.repeat(jnp.array([4, 7]), 12), tokens.shape)
+    changed = tokens.at[:, :12].set((tokens[:, :12] + 1) % VOCAB)
+    logits = lambda tokens, **options: logits_of(model, tokens, key, **options)
+    packed, other = (logits(x, segment_ids=segment_ids) for x in (tokens, changed))
+    np.testing.assert_allclose(packed[:, 12:], other[:, 12:], atol=1e-5)
+    assert not np.allclose(packed[:, :12], other[:, :12], atol=1e-3)
+    # The first document does not notice that another follows; without segments the second sees the first.
+    np.testing.assert_allclose(packed[:, :12], logits(tokens)[:, :12], atol=1e-5)
+    sees = not np.allclose(logits(tokens)[:, 12:], logits(changed)[:, 12:], atol=1e-3)
+    assert sees == (kind != "identity")
 
 
 def test_layers_take_the_kinds_of_attention_in_turn():
@@ -73,7 +103,36 @@ def test_layers_are_made_of_their_kind(exclude_self):
     model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
     assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
-    assert ATTENTION_KINDS == ("dense", "hash", "qk")
+    assert set(ATTENTION_KINDS) == {*HERE, "dense-cudnn"}
+
+
+def test_kinds_have_the_same_projections_and_treat_keys_alike():
+    """Like for like: sharing and normalising belong to the buckets, and to others if asked."""
+    shares = lambda **options: {
+        kind: (layout.share_query_key, layout.normalize_key)
+        for kind in HERE
+        for layout in [make(attention=kind, layers=1, **options).blocks[0].attention.layout]
+    }
+    in_buckets, plain = (True, True), (False, False)
+    own = {"dense": plain, "hash": in_buckets, "qk": plain, "reformer": in_buckets, "identity": plain}
+    assert shares() == own
+    assert set(shares(share_query_key=True, normalize_key=True).values()) == {in_buckets}
+    assert set(shares(share_query_key=True, normalize_key=False).values()) == {(True, False)}
+    parameters = [
+        jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(make(attention=kind, share_query_key=True), nnx.Param)))
+        for kind in HERE
+    ]
+    assert all(other == parameters[0] for other in parameters)
+
+
+@pytest.mark.parametrize("kind", ["dense", "hash", "qk"])
+def test_a_normalised_key_may_be_of_any_length_in_every_head(kind, tokens):
+    for normalize_key in (True, False):
+        model = make(attention=kind, layers=1, normalize_key=normalize_key, share_query_key=False)
+        before = logits_of(model, tokens)
+        for parameter in (model.blocks[0].attention.key.kernel, model.blocks[0].attention.key.bias):
+            parameter[...] = parameter[...] * jnp.array([3.0, 0.5])[:, None]  # one factor a head
+        assert np.allclose(before, logits_of(model, tokens), atol=1e-4) == normalize_key
 
 
 def test_the_embedding_is_the_output_layer(tokens):
@@ -97,33 +156,132 @@ def test_bfloat16_computes_on_float32_parameters(tokens):
 
 
 def test_rematerialisation_changes_nothing_but_memory(tokens):
-    def loss_and_gradients(remat: bool):
+    def loss_and_gradients(remat: str):
         graph, params, rest = nnx.split(make(attention="hash", layers=1, remat=remat), nnx.Param, ...)
 
         def loss(params):
             return (nnx.merge(graph, params, rest)(tokens, key=jax.random.key(1)) ** 2).mean()
 
-        traced = jax.jit(jax.value_and_grad(loss)).trace(params)
-        assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
-        return traced.lower().compile()(params)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
 
-    for kept, computed_again in zip(
-        jax.tree.leaves(loss_and_gradients(False)), jax.tree.leaves(loss_and_gradients(True)), strict=True
-    ):
-        np.testing.assert_allclose(kept, computed_again, rtol=1e-4, atol=1e-7)
+    kept = loss_and_gradients("none")
+    for remat in ("full", "save_attention"):
+        for one, other in zip(kept, loss_and_gradients(remat), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("attention", ["hash", "qk"])
+@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("full", 2), ("save_attention", 1)])
+@pytest.mark.parametrize("kind", ["dense", "hash", "qk", "reformer"])
+def test_save_attention_runs_the_forward_kernel_once_a_layer(kind, remat, runs):
+    forward = "sort" if kind == "reformer" else "scfa_forward"  # the former has no kernel
+    model = make(attention=kind, layers=2, num_rounds=2, remat=remat)
+    for block in model.blocks:
+        block.attention.implementation = "triton_interpret"
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    tokens = jnp.zeros((1, LENGTH), jnp.int32)
+    loss = lambda params: nnx.merge(graph, params, rest)(tokens, key=jax.random.key(1)).sum()
+    assert operations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr).count(forward) == 2 * runs
+
+
+def operations(jaxpr) -> list[str]:
+    """The names of all primitives and kernels that a computation is made of."""
+    names = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            info = equation.params.get("name_and_src_info", equation.params.get("name"))  # before and after JAX 0.10.2
+            names.append(getattr(info, "name", info))
+        else:
+            inner = jaxprs_in_params(equation.params)
+            names += [equation.primitive.name, *(name for jaxpr in inner for name in operations(jaxpr))]
+    return names
+
+
+@pytest.mark.parametrize("attention", ["hash", "qk", "reformer"])
 def test_a_training_key_decides_the_draw_and_evaluation_needs_none(attention, tokens):
     model = make(attention=attention, layers=1)
     one, again, other = (logits_of(model, tokens, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
+    draws = model.draw(2, LENGTH, jax.random.key(1))
+    np.testing.assert_array_equal(one, logits_of(model, tokens, draws=draws))
     (first,), (second,) = (model.draw(2, LENGTH, None) for _ in range(2))
     if attention == "qk":
         assert first == second == {}
     else:
         np.testing.assert_array_equal(first["rotations"], second["rotations"])
+
+
+def test_a_reformer_draws_rotations_for_every_round(tokens):
+    one, other = (make(attention="reformer", layers=1, num_rounds=rounds) for rounds in (1, 3))
+    (draw,) = other.draw(2, LENGTH, jax.random.key(0))
+    assert draw["rotations"].shape == other.blocks[0].attention.rotations.shape == (3, 2, 16, 2)
+    assert len(np.unique(draw["rotations"])) == 3 * 2 * 16 * 2
+    assert not np.allclose(logits_of(one, tokens), logits_of(other, tokens), atol=1e-3)
+    small_chunks = make(attention="reformer", layers=1, chunk_size=2)
+    assert not np.allclose(logits_of(one, tokens), logits_of(small_chunks, tokens), atol=1e-3)
+
+
+def test_the_rate_of_dropping_grows_with_the_step_and_does_not_recompile():
+    model = make(attention="qk", layers=1, drop_rate=0.4, drop_warmup=100)
+    graph, state = nnx.split(model)
+    traces = []
+
+    @jax.jit
+    def dropped(state, step):
+        traces.append(step)
+        (draw,) = nnx.merge(graph, state).draw(50, 200, jax.random.key(0), step)
+        return [1 - kept.mean() for kept in (draw["query_keep"], draw["key_keep"])]
+
+    for step, rate in [(0, 0.0), (50, 0.2), (100, 0.4), (1000, 0.4)]:
+        np.testing.assert_allclose(dropped(state, step), rate, atol=0.012)  # four deviations of 20,000 draws
+    assert len(traces) == 1
+    with pytest.raises(ValueError, match="step must be given where drop_warmup is not 0"):
+        model.draw(1, LENGTH, jax.random.key(0))
+    assert model.draw(1, LENGTH, None) == [{}]  # nothing is dropped in evaluation
+
+
+def test_without_attention_values_pass_and_the_other_projections_still_run():
+    attention = make(attention="identity", layers=1).blocks[0].attention
+    x = jax.random.normal(jax.random.key(0), (1, LENGTH, 32))
+    np.testing.assert_allclose(attention(x), attention.out(attention.value(x)), atol=1e-6)
+    products = lambda module: (
+        jax.jit(jax.grad(lambda state, x: (nnx.merge(nnx.graphdef(module), state)(x) ** 2).sum(), (0, 1)))
+        .lower(nnx.state(module), x)
+        .compile()
+        .as_text()
+        .count(" dot(")
+    )
+    assert products(attention) == 4 * 3  # four projections, each one product forward and two backward
+
+
+def test_cudnn_says_what_it_cannot_do(monkeypatch):
+    x = jnp.zeros((1, 8, 2, 16))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(NotImplementedError, match="dense-cudnn needs an NVIDIA GPU, and JAX runs on cpu"):
+        cudnn_attention(x, x, x)
+    assert "needs an NVIDIA GPU" in ModelConfig(attention="hash,dense-cudnn").problem()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(TypeError, match="computes in bfloat16 or float16, got float32"):
+        cudnn_attention(x, x, x)
+    x = x.astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="takes no segment_ids"):
+        cudnn_attention(x, x, x, segment_ids=jnp.zeros((1, 8), jnp.int32))
+    assert ModelConfig(attention="dense-cudnn", dtype="float32").problem() == (
+        "--attention dense-cudnn needs --dtype bfloat16, got float32."
+    )
+    assert ModelConfig(attention="dense-cudnn", dtype="bfloat16").problem() is None
+
+
+@pytest.mark.gpu
+def test_cudnn_computes_what_our_dense_attention_does(tokens):
+    ours, cudnn = (make(attention=kind, layers=2, dtype="bfloat16") for kind in ("dense", "dense-cudnn"))
+    np.testing.assert_allclose(logits_of(ours, tokens), logits_of(cudnn, tokens), atol=0.05)
+
+
+def test_rows_that_pad_the_vocabulary_score_no_token(tokens):
+    model = make(attention="dense", layers=1, vocab_multiple=16)
+    assert model.embedding.num_embeddings == 48
+    assert logits_of(model, tokens).shape == (2, LENGTH, VOCAB)
 
 
 def test_layers_draw_independently():
@@ -156,8 +314,32 @@ def test_learned_positions_end_somewhere():
         ({"layers": 0}, "--layers must be at least 1"),
         ({"width": 6, "heads": 2}, "even width a head"),
         ({"dtype": "auto"}, "dtype must be decided"),
+        ({"attention": "reformer", "share_query_key": False}, "--share-query-key False"),
+        ({"chunk_size": 0}, "--chunk-size must be at least 1"),
+        ({"num_rounds": 0}, "--num-rounds must be at least 1"),
+        ({"drop_warmup": -1}, "--drop-warmup must not be negative"),
+        ({"vocab_multiple": 0}, "--vocab-multiple must be at least 1"),
+        ({"remat": True}, "--remat takes none, full, save_attention, got True"),
     ],
 )
 def test_impossible_models_say_what_is_wrong(options, named):
     with pytest.raises(ValueError, match=named):
         make(**options)
+
+
+@pytest.mark.parametrize(("name", "vocabulary", "millions"), [("gpt2-small", 50_257, 123.7), ("bytes", 256, 19.0)])
+def test_presets_are_models_that_can_be_made(name, vocabulary, millions):
+    config = dataclasses.replace(preset(name), attention="dense", dtype="float32")
+    make = lambda: Transformer(config, vocab_size=vocabulary, max_length=8, rngs=nnx.Rngs(0, sparsity=0))
+    shapes = nnx.state(nnx.eval_shape(make), nnx.Param)
+    parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_presets_have_their_names_and_the_default_is_for_a_cpu():
+    assert {name: config.preset for name, config in PRESETS.items()} == {name: name for name in PRESETS}
+    assert all(config.problem() is None for config in PRESETS.values())
+    assert preset("cpu") == ModelConfig()
+    assert -(-50_257 // preset("gpt2-small").vocab_multiple) * preset("gpt2-small").vocab_multiple == 50_304
+    with pytest.raises(ValueError, match=r"--preset takes cpu, bytes, mnist, gpt2-small, got 'gpt3'"):
+        preset("gpt3")

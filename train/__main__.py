@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import io
+import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from train.config import parse
+import tyro
+
 from train.errors import TrainError
+from train.options import parse
+from train.report import ReportOptions, report
 from train.run import run
+from train.sample import SampleOptions, sample_run
+
+# Commands beside training: what their options are and what does them.
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "sample": (SampleOptions, sample_run),
+    "report": (ReportOptions, report),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says.
+    """Trains, samples or reports as the command line says.
 
     Args:
         argv: Arguments; those of the process if None.
@@ -25,8 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A log file is up to date while it runs, and no text or file name is one it cannot take.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    # Orbax logs tracebacks of what it raises as well, and this program says in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run(parse(argv))
+        if arguments and arguments[0] in COMMANDS:
+            name = arguments.pop(0)
+            options, command = COMMANDS[name]
+            return command(tyro.cli(options, args=arguments, prog=f"python -m train {name}"))
+        return run(parse(arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

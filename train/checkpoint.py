@@ -2,86 +2,196 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from train.errors import TrainError
 from train.step import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
-KEPT = 2
+KEPT = 2  # of the last ones; the best one is kept besides
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last one to be written.
+    """The last checkpoints of a run and the best one; a context manager that waits until they are written.
 
     Args:
         folder: The run's folder.
+
+    Attributes:
+        best_loss: The lowest held-out loss of a checkpoint, nats a token; infinite if there is none.
+
+    Raises:
+        TrainError: The folder or a checkpoint in it is damaged. A checkpoint could not be written: from `save`, or when
+            it is left.
     """
 
     def __init__(self, folder: Path):
         self._path = (folder / CHECKPOINT_FOLDER).resolve()
-        self._manager = ocp.CheckpointManager(
-            self._path, options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True)
+        best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_held_out_loss,
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(KEPT), best]),
+            create=True,
         )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        try:
+            self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        except ValueError as error:  # it reads the held-out losses of all checkpoints, and does not say whose failed
+            raise self._cannot_restore(self._without_loss(), error) from error
+        best_step = self._manager.best_step()
+        self.best_loss = math.inf if best_step is None else _held_out_loss(self._manager.metrics(best_step))
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            if exception[0] is None:  # else it is told what went wrong first
+                raise self._cannot_write(error) from error
 
     @property
     def latest_step(self) -> int | None:
         """The step of the last whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
+    @property
+    def best_step(self) -> int | None:
+        """The step of the one with the lowest held-out loss, if it is known of any."""
+        return None if math.isinf(self.best_loss) else self._manager.best_step()
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self._path / str(step)
+
+    def wait(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            TrainError: Something could not be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def save(
+        self, step: int, state: TrainState, batches: grain.DatasetIterator, held_out_loss: float | None = None
+    ) -> None:
         """Begins to write a checkpoint; one of the same step is left as it is.
 
         Args:
             step: Steps done.
             state: The state after them. It may be donated as soon as this returns.
             batches: The data, standing behind the last batch trained on.
+            held_out_loss: Of this state, if it is known.
         """
         if step == self.latest_step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
-            ),
-        )
+        if held_out_loss is not None:
+            self.best_loss = min(self.best_loss, held_out_loss)
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
+                ),
+                metrics={"held_out_loss": held_out_loss},
+            )
 
-    def restore(self, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """Reads the last checkpoint.
+    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
+        """Reads a checkpoint.
 
         Args:
-            like: A state of the same shapes.
-            batches: Moved to where it stood.
+            step: Which one.
+            like: A state of the same shapes: arrays, or what `jax.eval_shape` gives.
+            batches: Moved to where it stood, if given.
 
         Returns:
             The state, on the devices of `like`.
 
         Raises:
-            TrainError: The checkpoint is damaged.
+            TrainError: The checkpoint is damaged, or of another model or optimizer.
         """
-        step = self.latest_step
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        data = {} if batches is None else {"data": grain.checkpoint.CheckpointRestore(batches)}
         try:
+            self._check_fits(step, like)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
             restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(batches)
-                ),
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **data)
             )
+        except TrainError:
+            raise
         except Exception as error:  # orbax raises whatever its storage layers do
-            summary = " ".join(str(error).split())[:200]
-            raise TrainError(
-                f"{self._path / str(step)} cannot be restored ({type(error).__name__}: {summary}). "
-                f"Delete that folder to continue from the checkpoint before it."
-            ) from error
+            raise self._cannot_restore(self.path(step), error) from error
         return TrainState(**restored["state"])
+
+    def _check_fits(self, step: int, like: TrainState) -> None:
+        there, here = (_shapes(tree) for tree in (self._manager.item_metadata(step)["state"].tree, like._asdict()))
+        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differing:
+            name = differing[0]
+            raise TrainError(
+                f"{self.path(step)} is a checkpoint of another configuration: {name} is {there.get(name, 'absent')} "
+                f"there and {here.get(name, 'absent')} here. Bring back the config.json that it was written with."
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of this checkpoint, or of the last one, which was written beside the training
+            raise self._cannot_write(error) from error
+
+    def _without_loss(self) -> Path:
+        """The checkpoint whose record of its held-out loss is damaged."""
+        for file in self._path.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError:
+                return file.parent.parent
+        return self._path
+
+    def _cannot_restore(self, path: Path, error: Exception) -> TrainError:
+        return TrainError(
+            f"{path} cannot be restored ({_summary(error)}). "
+            f"Delete that folder to continue from the checkpoint before it."
+        )
+
+    def _cannot_write(self, error: Exception) -> TrainError:
+        return TrainError(
+            f"A checkpoint in {self._path} cannot be written ({_summary(error)}). "
+            f"Make room or mend its folder; --resume continues from the last whole checkpoint."
+        )
+
+
+def _held_out_loss(metrics: Any) -> float:
+    """Infinite where it is not known: orbax warns of checkpoints without metrics."""
+    loss = metrics["held_out_loss"]
+    return math.inf if loss is None else loss
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(_name(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(key: Any) -> str:
+    """A part of a path: what names it in a dict, a tuple or a named tuple."""
+    return str(next(getattr(key, part) for part in ("key", "name", "idx") if hasattr(key, part)))
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

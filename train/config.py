@@ -1,37 +1,35 @@
-"""The options of `python -m train`: dataclasses that tyro turns into a command line."""
+"""The options of a run: dataclasses that tyro turns into a command line, and what they may be."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import jax
-import tyro
+from typing import Literal
 
 from models import ModelConfig
-from train.errors import TrainError
-
-CONFIG_FILE = "config.json"
-RUNS_FOLDER = Path("runs")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text."""
+    """The text or the images."""
 
     data: str | None = None
-    """A text file, or JSON lines with a "text" key (.jsonl), each also as .gz. Without it: the source files
-    of the running Python's standard library."""
+    """A file of text or of JSON lines with a "text" key (.jsonl, .ndjson), each also as .gz or .zst; a folder or a
+    quoted glob of such files; enwik8 by its name, which has its own split; or the folder of MNIST's idx files.
+    Without it: the source files of the running Python's standard library."""
+    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    """Of text: its bytes, or GPT-2's byte pairs, made once and kept in the cache."""
+    bpe: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe."""
+    documents: Literal["together", "separate"] = "together"
+    """Whether attention reaches over the documents of a sequence, or each sees only itself."""
+    cache: str | None = None
+    """Folder for tokenised text. Default: scfa_jax in the user's folder for caches."""
     seq_len: int = 256
-    """Tokens (bytes) a sequence."""
+    """Tokens a sequence; 784 for MNIST."""
     batch_size: int = 8
     """Sequences a step."""
     held_out: float = 0.05
-    """Share of the text, at its end, that is kept for evaluation."""
+    """Share of the data, at its end, that is kept for evaluation; enwik8 and MNIST also have a test part."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class OptimizerConfig:
     """AdamW's weight decay, of matrices only."""
     clip: float = 1.0
     """Largest global norm of the gradients."""
+    accumulate: int = 1
+    """Parts that a step's sequences are computed in, one after the other; must divide --batch-size. Less memory, the
+    same result."""
     seed: int = 0
     """Decides the first parameters, the order of the data, the hashing and the dropping."""
 
@@ -61,7 +62,8 @@ class RunConfig:
     resume: bool = False
     """Continue a run from its last checkpoint, with the options that it was started with."""
     seconds: float | None = None
-    """Stop, with a checkpoint, after this much time spent training."""
+    """Stop, with a checkpoint, once this much time was spent on steps, in all sessions together; evaluations,
+    checkpoints and compiling do not count."""
     stop_at: int | None = None
     """Stop, with a checkpoint, after this step; the schedule still spans --steps."""
     log_every: int = 10
@@ -71,18 +73,23 @@ class RunConfig:
     eval_tokens: int = 65_536
     """Held-out tokens an evaluation reads at most, spread evenly; 0 for all."""
     checkpoint_every: int = 300
-    """Steps between two checkpoints; there is always one at the end."""
+    """Steps between two checkpoints; there is also one of the lowest held-out loss, and one at the end."""
+    deterministic: bool = False
+    """Have XLA compute the same bits in every run, on a GPU too, where this costs time; a CPU does anyway."""
     prompt: str | None = None
-    """What the final sample starts from. Default: the beginning of the held-out text."""
+    """What the final sample starts from. Default: the beginning of the held-out text; for images nothing."""
     sample_length: int = 256
-    """Bytes that the final sample generates."""
+    """Tokens that the final sample generates; 0 for no sample."""
     temperature: float = 0.8
-    """Of the final sample; 0 takes the likeliest byte."""
+    """Of the final sample; 0 takes the likeliest token."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a language model with dense or sparse causal attention."""
+    """Train a language model with dense or sparse causal attention.
+
+    Other commands: python -m train sample --help, python -m train report --help.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -90,160 +97,17 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the command line and, with `--resume`, the options of the run to continue.
-
-    Args:
-        argv: Arguments; those of the process if None.
-
-    Returns:
-        A checked configuration whose data path is absolute and whose dtype is decided. With `--resume`,
-        `run.out` names the folder to continue.
-
-    Raises:
-        TrainError: An option makes no sense, there is no run to continue, or an option contradicts the run.
-        SystemExit: tyro could not read the command line (code 2), or printed the help (code 0).
-    """
-    config = _read_arguments(argv, Config())
-    if not config.run.resume:
-        return _checked(config)
-    folder = _expanded("out", config.run.out) if config.run.out else latest_run()
-    stored = load_config(folder)
-    # The options given now, on top of those of the run: what differs was asked for explicitly. Checked no
-    # earlier, since options that do not fit the defaults may fit the run.
-    asked = _checked(_read_arguments(argv, stored))
-    differing = [
-        f"--{name.replace('_', '-')} ({old} there, {new} here)"
-        for section in ("model", "data", "optimizer")
-        for name, old, new in _differences(getattr(stored, section), getattr(asked, section))
-    ]
-    if differing:
-        raise TrainError(
-            f"{folder / CONFIG_FILE} was written with other options: {', '.join(differing)}. "
-            f"Leave them out to continue that run, or start a new one without --resume."
-        )
-    return dataclasses.replace(asked, run=dataclasses.replace(asked.run, out=str(folder), resume=True))
-
-
-def save_config(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Writes `config.json`: the options, and `facts` about the data, the versions and the device."""
-    record = {"config": dataclasses.asdict(config), **facts}
-    temporary = folder / (CONFIG_FILE + ".part")
-    try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(folder / CONFIG_FILE)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def load_facts(folder: Path) -> dict[str, Any]:
-    """Reads all that `save_config` wrote.
-
-    Raises:
-        TrainError: There is no such file, or it cannot be read.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise TrainError(f"{folder} holds no run: {path} is missing. Name the run's folder with --out.") from None
-    except (OSError, ValueError) as error:
-        raise TrainError(f"{path} cannot be read ({error}). Start a new run without --resume.") from None
-    if not isinstance(record, dict):
-        raise TrainError(f"{path} holds no options of a run. Start a new run without --resume.")
-    return record
-
-
-def load_config(folder: Path) -> Config:
-    """The options a run was started with, less those that hold for one session only.
-
-    Raises:
-        TrainError: `config.json` is missing or was written by another version of this program.
-    """
-    sections: dict[str, Any] = load_facts(folder).get("config", {})
-    try:
-        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None}
-        return Config(
-            model=ModelConfig(**sections["model"]),
-            data=DataConfig(**sections["data"]),
-            optimizer=OptimizerConfig(**sections["optimizer"]),
-            run=RunConfig(**run),
-        )
-    except (KeyError, TypeError) as error:
-        path = folder / CONFIG_FILE
-        raise TrainError(
-            f"{path} does not fit this version of the program ({error}). Start a new run without --resume."
-        ) from None
-
-
-def latest_run() -> Path:
-    """The folder under `runs/` that was written to last.
-
-    Raises:
-        TrainError: There is none.
-    """
-    folders = [path.parent for path in RUNS_FOLDER.glob(f"*/{CONFIG_FILE}")]
-    if not folders:
-        raise TrainError(f"--resume found no run under {RUNS_FOLDER}/. Name its folder with --out.")
-    return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
-
-
-def new_run_folder(config: Config) -> Path:
-    """Where a new run goes: `--out`, or the first free name under `runs/`.
-
-    Raises:
-        TrainError: `--out` already holds a run.
-    """
-    if config.run.out:
-        folder = _expanded("out", config.run.out)
-        if (folder / CONFIG_FILE).exists():
-            raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
-        return folder
-    text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0]
-    name = f"{text}-{config.model.attention.replace(',', '-').replace(' ', '')}"
-    folder, count = RUNS_FOLDER / name, 1
-    while folder.exists():
-        count += 1
-        folder = RUNS_FOLDER / f"{name}-{count}"
-    return folder
-
-
-def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
-    return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, default=default, prog="python -m train")
-
-
-def _checked(config: Config) -> Config:
-    """Fails on impossible options; makes the data path absolute and decides the dtype."""
-    problem = config.model.problem() or _problem(config)
-    if problem:
-        raise TrainError(problem)
-    model, data = config.model, config.data
-    if model.dtype == "auto":
-        on_cpu = jax.default_backend() == "cpu"
-        model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
-    if data.data is not None:
-        data = dataclasses.replace(data, data=str(_expanded("data", data.data).resolve()))
-    return dataclasses.replace(config, model=model, data=data)
-
-
-def _expanded(option: str, path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise TrainError(f"--{option}: {path} names no home folder ({error}). Write the path in full.") from None
-
-
-def _problem(config: Config) -> str | None:
+def problem(config: Config) -> str | None:
+    """What is wrong with the options of data, optimizer and run, in one line; None if nothing is."""
     data, optimizer, run = config.data, config.optimizer, config.run
     at_least_one = {
         "seq-len": data.seq_len,
         "batch-size": data.batch_size,
         "steps": optimizer.steps,
+        "accumulate": optimizer.accumulate,
         "log-every": run.log_every,
         "eval-every": run.eval_every,
         "checkpoint-every": run.checkpoint_every,
-        "sample-length": run.sample_length,
         "stop-at": 1 if run.stop_at is None else run.stop_at,
     }
     above_zero = {
@@ -255,6 +119,7 @@ def _problem(config: Config) -> str | None:
         "warmup": optimizer.warmup,
         "weight-decay": optimizer.weight_decay,
         "eval-tokens": run.eval_tokens,
+        "sample-length": run.sample_length,
         "temperature": run.temperature,
         "seed": optimizer.seed,
     }
@@ -267,14 +132,10 @@ def _problem(config: Config) -> str | None:
     for name, amount in not_negative.items():
         if not amount >= 0:
             return f"--{name} must not be negative, got {amount}."
+    if data.batch_size % optimizer.accumulate:
+        return f"--accumulate must divide --batch-size, got {optimizer.accumulate} for {data.batch_size} sequences."
     if optimizer.seed >= 2**32:
         return f"--seed must be below 2**32, got {optimizer.seed}."
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
     return None
-
-
-def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    names = [entry.name for entry in dataclasses.fields(old)]
-    pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
-    return [pair for pair in pairs if pair[1] != pair[2]]

@@ -1,77 +1,170 @@
-"""The record of a run: one JSON object a line, read back by the plot and by a resumed run."""
+"""The record of a run: a JSON object a line, read back by the report and by a resumed run, and TensorBoard's files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
-from train.step import BITS_PER_NAT
+from train.data import Corpus
+from train.errors import TrainError
+from train.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
+REMEDY = "Make room or mend its folder; --resume continues from the last checkpoint."
 
 
 class Metrics:
-    """Writes `metrics.jsonl`; a context manager.
+    """Writes `metrics.jsonl` and the same for TensorBoard; a context manager.
 
-    A line has `step`, `seconds` (spent training, over all sessions) and either `loss` (nats a token, the mean
-    since the line before), `bits_per_byte` and `tokens_per_second`, or `held_out_loss` and
-    `held_out_bits_per_byte`.
+    A line has `step`, `seconds` (since the run began, over all sessions, with compiling, evaluations and checkpoints)
+    and `train_seconds` (those spent on steps), and then what `write` was given.
 
     Args:
         folder: The run's folder.
         step: Where training (re)starts. Later lines, of steps that no checkpoint kept, are dropped.
+
+    Raises:
+        TrainError: The folder cannot be written to.
     """
 
     def __init__(self, folder: Path, step: int):
-        path = folder / METRICS_FILE
-        self.history: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            self.history = [record for record in map(_parse, lines) if record and record["step"] <= step]
-        if step == 0:
-            self.history = []
+        self._path = folder / METRICS_FILE
+        self.history = [record for record in _read(self._path) if record["step"] <= step] if step else []
         temporary = folder / (METRICS_FILE + ".part")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
-        temporary.replace(path)
-        self._file = path.open("a")
-        spent = self.history[-1]["seconds"] if self.history else 0.0
-        self._start = time.monotonic() - spent
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+            temporary.replace(self._path)
+            self._tensorboard = TensorBoard(folder, step)
+            self._file = self._path.open("a")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(error) from None
+        last = self.history[-1] if self.history else {}
+        self._start = time.monotonic() - last.get("seconds", 0.0)
+        self.clock = Clock(last.get("train_seconds", 0.0))
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(OSError):  # all lines were flushed, or `write` has said that one could not be
+                file.close()
+
+    def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Adds a line.
+
+        Args:
+            step: Steps done.
+            values: Numbers, or lists of one number a layer; what is None is left out.
+
+        Returns:
+            The line.
+
+        Raises:
+            TrainError: It cannot be written.
+        """
+        values = {name: value for name, value in values.items() if value is not None}
+        times = {
+            "seconds": round(time.monotonic() - self._start, 3),
+            "train_seconds": round(self.clock.seconds, 3),
+        }
+        record = {"step": step, **times, **values}
+        self.history.append(record)
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._tensorboard.write(step, values)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        return record
+
+    def _cannot_write(self, error: OSError) -> TrainError:
+        return TrainError(f"{self._path} cannot be written ({error.strerror}). {REMEDY}")
+
+
+class Clock:
+    """Adds up the time between `start` and `stop`.
+
+    Args:
+        seconds: What it shows at first.
+    """
+
+    def __init__(self, seconds: float):
+        self._spent, self._since = seconds, math.nan
 
     @property
     def seconds(self) -> float:
-        """Time spent training, in this session and those before."""
-        return time.monotonic() - self._start
+        """Time spent, to this moment if it runs."""
+        return self._spent if math.isnan(self._since) else self._spent + time.monotonic() - self._since
 
-    def training(self, step: int, loss: float, tokens_per_second: float) -> dict[str, Any]:
-        """Records the training loss in nats."""
-        bits = loss * BITS_PER_NAT
-        return self._write(
-            step, {"loss": loss, "bits_per_byte": bits, "tokens_per_second": round(tokens_per_second, 1)}
-        )
+    def start(self) -> None:
+        """Lets it run."""
+        self._since = time.monotonic()
 
-    def held_out(self, step: int, loss: float) -> dict[str, Any]:
-        """Records the loss on held-out text in nats."""
-        return self._write(step, {"held_out_loss": loss, "held_out_bits_per_byte": loss * BITS_PER_NAT})
+    def stop(self) -> None:
+        """Lets it stand still."""
+        self._spent, self._since = self.seconds, math.nan
 
-    def _write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        record = {"step": step, "seconds": round(self.seconds, 3), **values}
-        self.history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        return record
+
+class Units:
+    """What losses are told in.
+
+    Args:
+        corpus: Says what a token stands for.
+    """
+
+    def __init__(self, corpus: Corpus):
+        self.name = "pixel" if corpus.unit == "pixel" else "byte"
+        self._per_token = corpus.held_out_units_per_token
+        self._of_tokens = corpus.unit == "token"
+
+    def bits(self, nats: float) -> float:
+        """Bits a byte, or a pixel, of nats a token."""
+        return nats / math.log(2) / self._per_token
+
+    def training(self, nats: float) -> dict[str, float]:
+        """The training loss, for a line of metrics."""
+        return {"loss": nats, f"bits_per_{self.name}": self.bits(nats)}
+
+    def held_out(self, nats: float) -> dict[str, float | None]:
+        """The held-out loss, for a line of metrics; the perplexity where tokens are more than bytes or pixels."""
+        perplexity = math.exp(min(nats, 700)) if self._of_tokens else None  # beyond it floats end
+        bits = {f"held_out_bits_per_{self.name}": self.bits(nats)}
+        return {"held_out_loss": nats, **bits, "held_out_perplexity": perplexity}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run.
+
+    Raises:
+        TrainError: There are none.
+    """
+    path = folder / METRICS_FILE
+    records = _read(path)
+    if not records:
+        raise TrainError(f"{path} holds no metrics. Name the folder of a run that has trained.")
+    return records
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{path} cannot be read ({error}). Mend it, or delete it to go on without it.") from None
+    return [record for record in map(_parse, lines) if record is not None]
 
 
 def _parse(line: str) -> dict[str, Any] | None:
     """One line, or None where a crash cut it short."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) and "step" in record else None

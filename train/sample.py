@@ -1,75 +1,160 @@
-"""Text from a trained model."""
+"""Text or pictures from a trained model: `python -m train sample`."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from train.step import LanguageModel
+from train.checkpoint import Checkpoints
+from train.data import Corpus, load_corpus
+from train.errors import TrainError
+from train.folder import expanded, load_config
+from train.generate import generate
+from train.plot import draw_images
+from train.step import LanguageModel, TrainState, init
+
+SAMPLE_FILES = {"text": "sample.txt", "images": "sample.png"}
+DEFAULT_PROMPT_LENGTH = 64
+DEFAULT_COUNT = {"text": 1, "images": 16}
 
 
-def sample(
-    model: LanguageModel,
-    params: Any,
-    fixed: Any,
-    prompt: bytes,
-    *,
-    length: int,
-    window: int,
-    temperature: float,
-    seed: int,
-) -> bytes:
-    """Continues a prompt byte by byte, in one compiled loop.
+@dataclass(frozen=True)
+class SampleOptions:
+    """Generate from a checkpoint: text on standard output and in sample.txt, or a grid of pictures in sample.png."""
 
-    Each byte costs a pass over a window of fixed size: nothing is kept between bytes or compiled twice.
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The one with the lowest held-out loss, or the last one."""
+    prompt: str | None = None
+    """What a text starts from. Default: the beginning of the held-out text. Pictures start from nothing."""
+    length: int = 256
+    """Tokens to add to a text."""
+    count: int | None = None
+    """How many to generate. Default: 1 text, 16 pictures."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    seed: int = 0
+    """Decides the draw."""
+    out: str | None = None
+    """File to write. Default: in the run's folder."""
+
+    def problem(self) -> str | None:
+        """What is wrong with these options, in one line; None if nothing is."""
+        if self.length < 1:
+            return f"--length must be at least 1, got {self.length}."
+        if self.count is not None and self.count < 1:
+            return f"--count must be at least 1, got {self.count}."
+        if not self.temperature >= 0:
+            return f"--temperature must not be negative, got {self.temperature}."
+        if not 0 <= self.seed < 2**32:
+            return f"--seed must lie between 0 and 2**32 - 1, got {self.seed}."
+        return None
+
+
+def sample_run(options: SampleOptions) -> int:
+    """Generates from a run's checkpoint.
 
     Args:
-        model: The model.
-        params: Its parameters.
-        fixed: Its other variables.
-        prompt: At least one byte.
-        length: Bytes to add.
-        window: The longest context the model may see.
-        temperature: Divides the logits; 0 takes the likeliest byte.
-        seed: Decides the draw.
+        options: From the command line.
 
     Returns:
-        The added bytes.
+        The exit code 0.
+
+    Raises:
+        TrainError: The folder holds no run or no checkpoint, the data is gone, or an option makes no sense.
     """
-    total = len(prompt) + length
-    text = np.zeros(total, np.uint8)
-    text[: len(prompt)] = np.frombuffer(prompt, np.uint8)
-    continued = _continue(model, params, fixed, text, len(prompt), seed, temperature, min(window, total))
-    return np.asarray(continued)[len(prompt) :].tobytes()
+    problem = options.problem()
+    if problem:
+        raise TrainError(problem)
+    folder = expanded("run", options.run)
+    config = load_config(folder)
+    corpus = load_corpus(config.data)
+    model, like = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=config.data.seq_len)
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest_step
+        if step is None:
+            raise TrainError(f"{folder} holds no checkpoint yet. Train it first.")
+        if options.checkpoint == "best" and checkpoints.best_step is not None:
+            step = checkpoints.best_step
+        state = checkpoints.restore(step, like)
+    title = f"{folder}, step {step}; {corpus.name}"
+    print(f"wrote {write_sample(options, title, corpus, model, state, config.data.seq_len)}")
+    return 0
 
 
-@functools.partial(jax.jit, static_argnames=("model", "window"))
-def _continue(
-    model: LanguageModel,
-    params: Any,
-    fixed: Any,
-    text: jax.Array,
-    start: jax.Array,
-    seed: jax.Array,
-    temperature: jax.Array,
-    window: int,
-) -> jax.Array:
-    """Fills `text` from `start` on."""
-    transformer = model.merge(params, fixed)
-    base_key = jax.random.key(seed)
+def write_sample(
+    options: SampleOptions, title: str, corpus: Corpus, model: LanguageModel, state: TrainState, window: int
+) -> Path:
+    """Generates from a state; prints a text.
 
-    def add_one(place: jax.Array, text: jax.Array) -> jax.Array:
-        # Until the text is as long as the window, what stands behind `place` is seen by nothing before it.
-        first = jnp.maximum(0, place - window)
-        context = jax.lax.dynamic_slice(text, (first,), (window,))
-        features = transformer.features(context[None])[0, place - 1 - first]
-        logits = transformer.logits(features)
-        drawn = jax.random.categorical(jax.random.fold_in(base_key, place), logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, logits.argmax())
-        return text.at[place].set(token.astype(text.dtype))
+    Args:
+        options: What to generate and where to write it.
+        title: Stands above it.
+        corpus: What the model was trained on.
+        model: The model.
+        state: Its arrays.
+        window: The longest context the model may see.
 
-    return jax.lax.fori_loop(start, text.shape[0], add_one, text)
+    Returns:
+        The file that was written.
+
+    Raises:
+        TrainError: The prompt does not fit the corpus, or the file cannot be written.
+    """
+    kind: Literal["text", "images"] = "images" if corpus.unit == "pixel" else "text"
+    path = Path(options.run) / SAMPLE_FILES[kind] if options.out is None else expanded("out", options.out)
+    prompt = _prompt(options, corpus)
+    tokens = generate(
+        model,
+        state,
+        np.tile(prompt, (options.count or DEFAULT_COUNT[kind], 1)),
+        length=window if kind == "images" else options.length,
+        window=window,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    try:
+        if kind == "images":
+            draw_images([np.frombuffer(corpus.tokenizer.decode(row), np.uint8) for row in tokens], title, path)
+        else:
+            _write_text([(row[: len(prompt)], row[len(prompt) :]) for row in tokens], title, corpus, path)
+    except OSError as error:
+        raise TrainError(f"{path} cannot be written ({error.strerror}). Name another file with --out.") from None
+    return path
+
+
+def _prompt(options: SampleOptions, corpus: Corpus) -> np.ndarray:
+    """At least one token, `[P]`."""
+    tokenizer = corpus.tokenizer
+    nothing = np.array([tokenizer.separator], tokenizer.dtype)
+    if corpus.unit == "pixel":
+        if options.prompt is not None:
+            raise TrainError("--prompt goes with text; pictures start from nothing. Leave it out.")
+        return nothing
+    if options.prompt is None:
+        return corpus.held_out[:DEFAULT_PROMPT_LENGTH]
+    try:
+        # A command line may hold any bytes.
+        tokens = tokenizer.encode(options.prompt.encode("utf-8", "surrogateescape"))
+    except TrainError as error:
+        raise TrainError(f"--prompt: {error}. Write it in UTF-8, or train on bytes.") from None
+    return tokens if len(tokens) else nothing
+
+
+def _write_text(parts: Sequence[tuple[np.ndarray, np.ndarray]], title: str, corpus: Corpus, path: Path) -> None:
+    """Writes and prints prompts and what follows them."""
+
+    def readable(tokens: np.ndarray) -> str:
+        return corpus.tokenizer.decode(tokens).decode("utf-8", "replace").replace("\0", "\n")
+
+    texts = [(readable(prompt), readable(added)) for prompt, added in parts]
+    blocks = [f"--- prompt\n{prompt}\n--- continuation\n{added}\n" for prompt, added in texts]
+    path.write_text("\n".join([f"{title}\n", *blocks]), encoding="utf-8", errors="backslashreplace")
+    for prompt, added in texts:
+        print(f"--- {prompt!r} goes on:\n{added}\n---")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from flax import nnx
 
 from models import ModelConfig, Transformer
 from train.config import OptimizerConfig
-
-BITS_PER_NAT = 1 / math.log(2)
+from train.data import Batch
+from train.loss import cross_entropy
 
 
 class TrainState(NamedTuple):
@@ -24,6 +24,14 @@ class TrainState(NamedTuple):
     params: Any  # pure dict of float32 arrays
     opt_state: optax.OptState
     fixed: Any  # pure dict: the rotations that evaluation hashes with
+
+
+class Measured(NamedTuple):
+    """What a step says of itself: float32 `[]` each."""
+
+    loss: jax.Array  # nats a token
+    gradient_norm: jax.Array  # global, before the clip
+    learning_rate: jax.Array
 
 
 @dataclass(frozen=True)
@@ -49,56 +57,92 @@ def init(
     return LanguageModel(graph), TrainState(jnp.zeros((), jnp.int32), params, opt_state, fixed)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW behind a clip by the global norm; the rate warms up, then falls along a cosine to a tenth."""
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The rate of every step: it warms up, then falls along a cosine to a tenth."""
     warmup = min(config.warmup, config.steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, config.steps, config.lr / 10)
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, config.steps, config.lr / 10)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW behind a clip by the global norm."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_decayed),
+        optax.adamw(learning_rate(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_decayed),
     )
 
 
 def train_step(
-    model: LanguageModel,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    state: TrainState,
-    batch: jax.Array,
-) -> tuple[TrainState, jax.Array]:
+    model: LanguageModel, config: OptimizerConfig, state: TrainState, batch: Batch
+) -> tuple[TrainState, Measured]:
     """One step.
 
     Args:
-        model: The model; with `optimizer` and `seed` fixed for a run.
-        optimizer: From `make_optimizer`.
-        seed: With the step's number it decides the step's hashes and dropped tokens, so that a resumed run
-            draws what an uninterrupted one would have drawn.
+        model: The model; fixed for a run, as is `config`.
+        config: The optimizer. Its seed, with the step's number, decides the step's hashes and dropped tokens, so that
+            a resumed run draws what an uninterrupted one would have drawn.
         state: The state before.
-        batch: int `[B, T + 1]`.
+        batch: `[B, T + 1]`. With `config.accumulate` it is computed in so many parts of `B / accumulate` sequences,
+            with the draws that they would have had in the whole.
 
     Returns:
-        The state after, and the loss, nats a token, float32 `[]`.
+        The state after, and what was measured.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch_size, length = batch.tokens[:, 1:].shape
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    draws = model.merge(state.params, state.fixed).draw(batch_size, length, key, state.step)
 
-    def loss_of(params: Any) -> jax.Array:
-        logits = model.merge(params, state.fixed)(batch[:, :-1], key=key)
-        return _cross_entropy(logits, batch[:, 1:]).mean()
+    def loss_of(params: Any, batch: Batch, draws: Any) -> jax.Array:
+        """The part's share of the mean over all tokens."""
+        transformer = model.merge(params, state.fixed)
+        tokens, targets, segment_ids = inputs_and_targets(batch)
+        features = transformer.features(tokens, draws=draws, segment_ids=segment_ids)
+        return cross_entropy(features, _table(transformer), targets, jnp.full(targets.shape, 1 / (batch_size * length)))
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    loss, gradients = _accumulated(jax.value_and_grad(loss_of), state.params, (batch, draws), config.accumulate)
+    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, state.fixed), loss
+    measured = Measured(loss, optax.tree.norm(gradients), jnp.asarray(learning_rate(config)(state.step), jnp.float32))
+    return TrainState(state.step + 1, params, opt_state, state.fixed), measured
 
 
-def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: jax.Array, weights: jax.Array) -> jax.Array:
+def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch, weights: jax.Array) -> jax.Array:
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
-    logits = model.merge(params, fixed)(batch[:, :-1])
-    return (_cross_entropy(logits, batch[:, 1:]).sum(axis=1) * weights).sum()
+    transformer = model.merge(params, fixed)
+    tokens, targets, segment_ids = inputs_and_targets(batch)
+    features = transformer.features(tokens, segment_ids=segment_ids)
+    return cross_entropy(features, _table(transformer), targets, jnp.broadcast_to(weights[:, None], targets.shape))
 
 
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets.astype(jnp.int32))
+def inputs_and_targets(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What is read, what follows it, and the documents of what is read, if they are separate: `[B, T]` each."""
+    tokens = jnp.asarray(batch.tokens)
+    segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)[:, :-1]
+    return tokens[:, :-1], tokens[:, 1:], segment_ids
+
+
+def _accumulated(
+    value_and_grad: Callable[..., tuple[jax.Array, Any]], params: Any, whole: tuple[Batch, Any], parts: int
+) -> tuple[jax.Array, Any]:
+    """The sum of a function's values and gradients over parts of the batch, one at a time."""
+    if parts == 1:
+        return value_and_grad(params, *whole)
+    batch_size = whole[0].tokens.shape[0]
+
+    def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        if path[-1] == jax.tree_util.DictKey("rotations"):  # of a draw: they serve all sequences of a step
+            return jnp.broadcast_to(x, (parts, *x.shape))
+        return x.reshape(parts, batch_size // parts, *x.shape[1:])
+
+    def add(sums: tuple[jax.Array, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any], None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, jax.tree.map_with_path(split, whole))[0]
+
+
+def _table(transformer: Transformer) -> jax.Array:
+    """What scores the tokens, `[V, width]`."""
+    return transformer.embedding.embedding[...]
 
 
 def _decayed(params: Any) -> Any:

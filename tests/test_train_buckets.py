@@ -1,0 +1,71 @@
+"""How bucket sizes are measured: against counting them one by one."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from models import ModelConfig
+from models.buckets import hash_layers
+from scfa_jax import sparsity
+from train.buckets import bucket_sizes, bucket_step
+from train.config import OptimizerConfig
+from train.data import Batch
+from train.step import init
+
+LENGTH = 20
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude_self": False, "share_query_key": False, "positions": "learned"}])
+def test_buckets_are_counted_by_layer(options):
+    config = ModelConfig(layers=3, width=16, heads=2, num_buckets=4, attention="hash,dense", dtype="float32", **options)
+    model, state = init(config, OptimizerConfig(), vocab_size=256, max_length=LENGTH)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, LENGTH + 1)).astype(np.uint8)
+    measured = bucket_sizes(
+        jax.jit(functools.partial(bucket_step, model))(state.params, state.fixed, Batch(tokens, None))
+    )
+
+    layers = hash_layers(model.merge(state.params, state.fixed), tokens[:, :-1])
+    assert len(layers) == len(measured["bucket_pairs"]) == 2
+    for number, layer in enumerate(layers):
+        query = np.asarray(layer.query)
+        key = query if layer.key is None else np.asarray(layer.key)
+        assert (layer.key is None) == config.exclude_self  # as in the options
+        shares, effective, pairs = [], [], []
+        for row in range(2):
+            for head in range(2):
+                ids, key_ids = query[row, :, head], key[row, :, head]
+                sizes = np.array([Counter(ids.tolist())[bucket] for bucket in range(4)]) / LENGTH
+                shares.append(sorted(sizes, reverse=True))
+                effective.append(np.prod([size**-size for size in sizes if size]))
+                earlier = np.tril(np.ones((LENGTH, LENGTH), bool), -1 if config.exclude_self else 0)
+                pairs.append((earlier & (ids[:, None] == key_ids)).sum() / (LENGTH * (LENGTH + 1) / 2))
+        np.testing.assert_allclose(measured["bucket_shares"][number], np.mean(shares, axis=0), atol=6e-5)
+        assert measured["bucket_largest_share"][number] == pytest.approx(np.mean(shares, axis=0)[0], rel=1e-6)
+        assert measured["bucket_effective"][number] == pytest.approx(np.mean(effective), rel=1e-5)
+        assert measured["bucket_pairs"][number] == pytest.approx(np.mean(pairs), rel=1e-6)
+
+
+@pytest.mark.parametrize("before_rotary", [False, True])
+def test_they_are_the_buckets_that_attention_uses(before_rotary, monkeypatch):
+    config = ModelConfig(
+        layers=2, width=16, heads=2, num_buckets=4, attention="hash", dtype="float32", hash_before_rotary=before_rotary
+    )
+    model, state = init(config, OptimizerConfig(), vocab_size=256, max_length=LENGTH)
+    transformer = model.merge(state.params, state.fixed)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, LENGTH)).astype(np.uint8)
+    seen = []
+    unpatched = sparsity.hash_sparse_attention
+
+    def note(query, key, value, query_hash, *arguments, **options):
+        seen.append(query_hash)
+        return unpatched(query, key, value, query_hash, *arguments, **options)
+
+    monkeypatch.setattr(sparsity, "hash_sparse_attention", note)
+    transformer.features(tokens)
+    for layer, ids in zip(hash_layers(transformer, tokens), seen[:2], strict=True):
+        np.testing.assert_array_equal(layer.query, ids)

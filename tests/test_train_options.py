@@ -1,0 +1,86 @@
+"""The command line: what reaches the run, what a resumed run may ask for, and what it says otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from models import PRESETS
+from train.__main__ import main
+from train.folder import latest_run, new_run_folder
+from train.options import parse
+
+
+def test_options_reach_the_model(monkeypatch):
+    model = parse(
+        ["--no-exclude-self", "--positions=learned", "--num-buckets=6", "--remat=full", "--dtype=bfloat16"]
+    ).model
+    assert (model.exclude_self, model.positions, model.num_buckets, model.remat) == (False, "learned", 6, "full")
+    for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert parse([]).model.dtype == dtype
+
+
+def test_a_preset_gives_what_is_not_given():
+    model = parse(["--preset", "gpt2-small", "--num-buckets=64"]).model
+    assert (model.layers, model.width, model.vocab_multiple, model.num_buckets) == (12, 768, 128, 64)
+    assert model == dataclasses.replace(PRESETS["gpt2-small"], num_buckets=64, dtype=model.dtype)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("news.jsonl.zst", "news-hash"), ("shards", "shards-hash"), ("*.jsonl", "texts-hash")]
+)
+def test_a_run_is_named_after_its_data_without_the_signs_of_a_glob(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert new_run_folder(parse([f"--data={data}", "--attention=hash"])) == Path("runs") / name
+
+
+def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("b/config.json", "a/config.json", "b/metrics.jsonl")):
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (number, number))
+    assert latest_run() == Path("runs/b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "--resume found no run under runs/"),
+        (["--resume", "--out=empty"], "empty holds no run"),
+        (["--resume", "--out=odd"], "odd/config.json holds no options of a run. Bring it back"),
+        (["--resume", "--out=cut"], "cut/config.json cannot be read"),
+        (["--resume", "--out=old"], "old/config.json does not fit this version of the program"),
+    ],
+)
+def test_resuming_nothing_says_so(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("odd", "[]"), ("cut", '{"config": '), ("old", '{"config": {"model": {"depth": 3}}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--wdith=3"], "--wdith"),
+        (["--preset=gpt3"], "gpt3"),
+        (["--steps=many"], "--steps"),
+        (["reprot", "runs/a"], "reprot"),
+        (["sample", "runs/a", "--checkpoint=worst"], "worst"),
+        (["report", "runs/a", "--target=low"], "--target"),
+    ],
+)
+def test_unknown_options_and_values_end_with_exit_code_2(arguments, named, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert named in capsys.readouterr().err

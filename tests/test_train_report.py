@@ -1,0 +1,130 @@
+"""The report: what its table says of made-up runs, and what it does with runs that it cannot take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from models import ModelConfig
+from train.__main__ import main
+from train.config import Config, DataConfig
+from train.folder import save_config
+
+
+def made_up(folder, *, seconds_a_step: float, unit: str = "byte", attention: str = "hash", peak: int | None = None):
+    """A run of 40 steps of 2 x 100 tokens that evaluates every 10 steps, at 8, 4, 2, 3 and 1 bits."""
+    folder.mkdir(parents=True)
+    model = ModelConfig(attention=attention, layers=2, dtype="bfloat16")
+    config = Config(model=model, data=DataConfig(batch_size=2, seq_len=100))
+    facts = {"corpus": {"name": "made up"}, "device": {"kind": "NVIDIA H100 80GB HBM3"}}
+    save_config(folder, config, facts)
+    lines = [{"step": 0, "compile_seconds": 5.0, "flops_per_step": 989e12 * 0.1}]
+    for step, bits in zip(range(0, 41, 10), (8.0, 4.0, 2.0, 3.0, 1.0), strict=True):
+        times = {"step": step, "seconds": 5 + 2 * step * seconds_a_step, "train_seconds": step * seconds_a_step}
+        if step:
+            measured = {"loss": bits, f"bits_per_{unit}": bits, "tokens_per_second": 200 / seconds_a_step}
+            lines.append({**times, **measured, **({} if peak is None else {"peak_memory_bytes": peak + step})})
+        buckets = {"bucket_largest_share": [0.5, 0.4], "bucket_effective": [3.0, 3.5], "bucket_pairs": [0.3, 0.26]}
+        buckets["bucket_shares"] = [[0.5, 0.3, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2]]
+        held_out = {"held_out_loss": bits, f"held_out_bits_per_{unit}": bits}
+        lines.append({**times, **held_out, **(buckets if attention == "hash" else {})})
+    lines[0] |= {"seconds": 5.0, "train_seconds": 0.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_runs_stand_side_by_side(tmp_path, capsys):
+    made_up(tmp_path / "a", seconds_a_step=0.5, attention="dense", peak=2**30)
+    made_up(tmp_path / "b", seconds_a_step=0.25)
+    assert main(["report", "a", "b/", "--target", "3.5", "--out", "side by side"]) == 0
+    out = tmp_path / "side by side"
+    dense, sparse = json.loads((out / "report.json").read_text())["runs"]
+    assert (dense["run"], sparse["run"], sparse["attention"]) == ("a", "b", "hash")
+    assert (sparse["steps"], sparse["tokens"]) == (40, 8000)
+    assert (sparse["train_seconds"], sparse["seconds"], sparse["compile_seconds"]) == (10, 25, 5)
+    assert (sparse["held_out_bits"], sparse["best_held_out_bits"], sparse["best_held_out_step"]) == (1, 1, 40)
+    assert (sparse["tokens_per_second"], sparse["speed_up"], dense["speed_up"]) == (800, 2, 1)
+    assert dense["model_flop_utilisation"] == pytest.approx(0.1 / 0.5)
+    assert (dense["peak_memory_bytes"], sparse["peak_memory_bytes"]) == (2**30 + 40, None)
+    # 4 bits after 2.5 s and 2 after 5 s: 3.5 a quarter of the way.
+    assert sparse["seconds_to_target"] == pytest.approx(2.5 + 0.25 * 2.5)
+    text = (out / "report.md").read_text()
+    header, rule, *rows = text.splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "run",
+        "attention",
+        "steps",
+        "tokens",
+        "seconds on steps",
+        "in all",
+        "compiling",
+        "held-out bits per byte",
+        "best",
+        "seconds to 3.5 bits",
+        "tokens/s",
+        "speed-up",
+        "peak memory, GiB",
+        "model FLOP utilisation",
+    ]
+    assert (
+        rows[0] == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 400 | 1.00x | 1.00 | 20.0% |"
+    )
+    assert rows[1] == "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 3.1 | 800 | 2.00x |  | 40.0% |"
+    assert rule.count("---") == 14
+    assert text in capsys.readouterr().out
+    pictures = {path.name for path in out.iterdir() if path.suffix == ".png"}
+    assert pictures == {"loss.png", "speed-and-buckets.png", "buckets-b.png"}
+
+
+def test_one_run_of_images_and_a_target_that_was_not_reached(tmp_path, capsys):
+    made_up(tmp_path / "x" / "run", seconds_a_step=1.0, unit="pixel", attention="dense")
+    assert main(["report", "x/run", "--target=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "held-out bits per pixel" in said
+    assert "seconds to" not in said
+    assert "wrote report.md, report.json, loss.png, speed-and-buckets.png to report" in said
+    # Names that would be the same are told apart.
+    made_up(tmp_path / "y" / "run", seconds_a_step=1.0, unit="pixel")
+    assert main(["report", "x/run", "y/run"]) == 0
+    assert "| y/run | hash |" in capsys.readouterr().out
+
+
+def test_records_of_earlier_versions_can_be_reported(tmp_path, capsys):
+    made_up(tmp_path / "old", seconds_a_step=0.5)
+    lines = [json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: line[name] for name in line.keys() - {"train_seconds"}} for line in lines[1:]]
+    (tmp_path / "old" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert main(["report", "old"]) == 0
+    assert "| old | hash | 40 | 8,000 | 45.0 | 45.0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "report needs the folder of a run"),
+        (["absent"], "absent holds no run"),
+        (["bare"], "metrics.jsonl holds no metrics"),
+        (["young"], "young has no training loss in its metrics"),
+        (["text", "images"], "Runs on text and on images cannot be compared (text per byte, images per pixel)"),
+        (["text", "--out=text/metrics.jsonl"], "text/metrics.jsonl cannot be written (File exists)"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(arguments, message, tmp_path, capsys):
+    made_up(tmp_path / "text", seconds_a_step=1.0)
+    made_up(tmp_path / "images", seconds_a_step=1.0, unit="pixel")
+    for name in ("bare", "young"):
+        (tmp_path / name).mkdir()
+        save_config(tmp_path / name, dataclasses.replace(Config()), {})
+    line = {"step": 0, "seconds": 0.0, "held_out_loss": 5.0, "held_out_bits_per_byte": 8.0}
+    (tmp_path / "young" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["report", *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ")
+    assert message in complaint
+    assert complaint.count("\n") == 1

@@ -1,0 +1,178 @@
+"""The folder of a run: where it lies, and the `config.json` that says what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from models import ModelConfig
+from train.config import Config, DataConfig, OptimizerConfig, RunConfig
+from train.data import Corpus
+from train.errors import TrainError
+
+CONFIG_FILE = "config.json"
+RUNS_FOLDER = Path("runs")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def open_folder(config: Config, corpus: Corpus) -> Path:
+    """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text."""
+    if config.run.resume:
+        folder = Path(config.run.out or "")
+        facts = load_facts(folder)
+        stored = facts.get("corpus", {})
+        if stored.get("sha256") != corpus.sha256:
+            raise TrainError(
+                f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
+                f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
+            )
+        changed = _changed(facts, _facts(corpus))
+        if changed:
+            print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
+        return folder
+    return _make_folder(config, corpus)
+
+
+def _make_folder(config: Config, corpus: Corpus) -> Path:
+    folder: Path | None = None
+    try:
+        folder = new_run_folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(folder, config, _facts(corpus))
+    except OSError as error:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # it is empty, unless it held something before
+        name = error.filename or config.run.out
+        raise TrainError(f"{name} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+    return folder
+
+
+def _facts(corpus: Corpus) -> dict[str, Any]:
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "corpus": corpus.facts,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "cpu_cores": os.cpu_count(),
+        },
+    }
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Versions and devices that differ, for people; empty if none does."""
+    sections = {"versions": (*PACKAGES,), "device": ("kind", "cpu_cores")}
+    pairs = [
+        (name, old.get(section, {}).get(name), new[section][name])
+        for section, names in sections.items()
+        for name in names
+    ]
+    return ", ".join(f"{name} was {before}, is {now}" for name, before, now in pairs if before != now)
+
+
+def save_config(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Writes `config.json`: the options, and `facts` about the data, the versions and the device."""
+    record = {"config": dataclasses.asdict(config), **facts}
+    temporary = folder / (CONFIG_FILE + ".part")
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(folder / CONFIG_FILE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """Reads all that `save_config` wrote.
+
+    Raises:
+        TrainError: There is no such file, or it cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TrainError(f"{folder} holds no run: {path} is missing. Name the folder of a run.") from None
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{path} cannot be read ({error}). Bring it back, or start a new run.") from None
+    if not isinstance(record, dict):
+        raise TrainError(f"{path} holds no options of a run. Bring it back, or start a new run.")
+    return record
+
+
+def load_config(folder: Path) -> Config:
+    """The options a run was started with, less those that hold for one session only.
+
+    Raises:
+        TrainError: `config.json` is missing or was written by another version of this program.
+    """
+    sections: dict[str, Any] = load_facts(folder).get("config", {})
+    try:
+        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None}
+        return Config(
+            model=ModelConfig(**sections["model"]),
+            data=DataConfig(**sections["data"]),
+            optimizer=OptimizerConfig(**sections["optimizer"]),
+            run=RunConfig(**run),
+        )
+    except (KeyError, TypeError) as error:
+        path = folder / CONFIG_FILE
+        raise TrainError(
+            f"{path} does not fit this version of the program ({error}). Start a new run, or use that version."
+        ) from None
+
+
+def latest_run() -> Path:
+    """The folder under `runs/` that was written to last.
+
+    Raises:
+        TrainError: There is none.
+    """
+    folders = [path.parent for path in RUNS_FOLDER.glob(f"*/{CONFIG_FILE}")]
+    if not folders:
+        raise TrainError(f"--resume found no run under {RUNS_FOLDER}/. Name its folder with --out.")
+    return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
+
+
+def new_run_folder(config: Config) -> Path:
+    """Where a new run goes: `--out`, or the first free name under `runs/`.
+
+    Raises:
+        TrainError: `--out` already holds a run.
+    """
+    if config.run.out:
+        folder = expanded("out", config.run.out)
+        if (folder / CONFIG_FILE).exists():
+            raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
+        return folder
+    text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0].strip("*?[]") or "texts"
+    name = f"{text}-{config.model.attention.replace(',', '-').replace(' ', '')}"
+    folder, count = RUNS_FOLDER / name, 1
+    while folder.exists():
+        count += 1
+        folder = RUNS_FOLDER / f"{name}-{count}"
+    return folder
+
+
+def expanded(option: str, path: str) -> Path:
+    """A path with `~` written out.
+
+    Raises:
+        TrainError: It names no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise TrainError(f"--{option}: {path} names no home folder ({error}). Write the path in full.") from None

@@ -138,6 +138,32 @@ def scale(value: float | None, head_dim: int) -> float:
     return float(value)
 
 
+def output_dtype(dtype, default: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype of the output."""
+    dtype = default if dtype is None else jnp.dtype(dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"output_dtype must be float32, bfloat16 or float16, got {dtype}.")
+    return dtype
+
+
+def parts(outputs: list, logsumexps: list, dtype) -> jnp.dtype:
+    """Checks results that are to be merged and returns the dtype of what they merge to."""
+    if not outputs or len(outputs) != len(logsumexps):
+        raise ValueError(
+            f"outputs and logsumexps must be as many, at least one, got {len(outputs)} and {len(logsumexps)}."
+        )
+    for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps)):
+        for x in arrays:
+            _check_array(name, x)
+            if x.dtype not in (FLOAT_DTYPES if name == "outputs" else (jnp.float32,)):
+                supported = "float32, bfloat16 or float16" if name == "outputs" else "float32"
+                raise TypeError(f"{name} must be {supported}, got {x.dtype}.")
+            expected = outputs[0].shape if name == "outputs" else outputs[0].shape[:-1]
+            if x.shape != expected:
+                raise ValueError(f"{name} must have shape {expected} like the first of the outputs, got {x.shape}.")
+    return output_dtype(dtype, jnp.result_type(*outputs))
+
+
 def _check_array(name: str, x) -> None:
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}.")

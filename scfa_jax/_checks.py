@@ -92,6 +92,31 @@ def query_offset(offset: Any) -> jax.Array:
     return jnp.clip(jnp.asarray(offset, jnp.int32), -_OFFSET_LIMIT, _OFFSET_LIMIT).reshape(-1, 1, 1)
 
 
+def segment_ids(name: str, x: jax.Array, length: int) -> jax.Array:
+    """Checks segment ids, `[B, L]` or `[L]`, and returns int32 `[B or 1, L]`."""
+    _check_array(name, x)
+    if x.dtype not in (jnp.int32, jnp.int16, jnp.int8):
+        raise TypeError(f"{name} must be int32, got {x.dtype}.")
+    if x.ndim not in (1, 2) or x.shape[-1] != length:
+        raise ValueError(f"{name} must be [B, {length}] or [{length}], got shape {x.shape}.")
+    x = jnp.asarray(x, jnp.int32)
+    return x[None] if x.ndim == 1 else x
+
+
+def batches(**arrays: jax.Array) -> None:
+    """Checks that the first axes of named arrays are equal or 1."""
+    sizes = {name: x.shape[0] for name, x in arrays.items() if x.shape[0] != 1}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(sizes)} must have the same batch size or 1, got {' and '.join(map(str, sizes.values()))}."
+        )
+
+
+def starts_at_zero(query_offset: Any) -> bool:
+    """Whether queries are known to count from 0, as keys do."""
+    return isinstance(query_offset, int) and query_offset == 0
+
+
 def num_buckets(value: int | None) -> None:
     """Checks the promise about bucket ids."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):

@@ -25,6 +25,8 @@ def causal_attention(
     value: jax.Array,
     *,
     query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
@@ -40,6 +42,9 @@ def causal_attention(
         key: `[B, S, K, H]` or `[S, K, H]`; `K` divides `N`.
         value: The shape of `key`.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
+        query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
+            (padding) take no part. Any ids in any order; None for one segment.
+        key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
@@ -49,7 +54,14 @@ def causal_attention(
         The output, or (output, log-sum-exp).
     """
     query_length, key_length = (_checks.length(name, x) for name, x in (("query", query), ("key", key)))
-    index = indices.causal_index(query_length, key_length, query_offset=query_offset)
+    index = indices.causal_index(
+        query_length,
+        key_length,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        implementation=implementation,
+    )
     return _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual)
 
 
@@ -63,6 +75,8 @@ def hash_sparse_attention(
     exclude_self: bool = False,
     num_buckets: int | None = None,
     query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
@@ -84,6 +98,9 @@ def hash_sparse_attention(
         num_buckets: A promise that all ids lie in `[0, num_buckets)`, which makes sorting cheaper. Without it
             any int32 is an id. The result is undefined if the promise is broken.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
+        query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
+            (padding) take no part. Any ids in any order; None for one segment.
+        key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
@@ -102,6 +119,8 @@ def hash_sparse_attention(
         exclude_self=exclude_self,
         num_buckets=num_buckets,
         query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
         query_length=_checks.length("query", query),
         key_length=_checks.length("key", key),
         implementation=implementation,
@@ -117,6 +136,8 @@ def qk_sparse_attention(
     key_keep: jax.Array,
     *,
     query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
@@ -135,6 +156,9 @@ def qk_sparse_attention(
         query_keep: bool `[B, T, N]` or `[T, N]`, True where the query takes part; any axis may be 1.
         key_keep: bool `[B, S, K]` or `[S, K]`, likewise.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
+        query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
+            (padding) take no part. Any ids in any order; None for one segment.
+        key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
@@ -147,6 +171,8 @@ def qk_sparse_attention(
         query_keep,
         key_keep,
         query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
         query_length=_checks.length("query", query),
         key_length=_checks.length("key", key),
         implementation=implementation,
@@ -161,6 +187,8 @@ def range_attention(
     key_start: jax.Array,
     key_stop: jax.Array,
     *,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
@@ -176,6 +204,9 @@ def range_attention(
         value: The shape of `key`.
         key_start: int32 `[B, T, N]` or `[T, N]`; any axis may be 1. Clipped to the keys that there are.
         key_stop: int32, likewise. A range that ends before it starts is empty.
+        query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
+            (padding) take no part. Any ids in any order; None for one segment.
+        key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
@@ -185,7 +216,15 @@ def range_attention(
         The output, or (output, log-sum-exp).
     """
     query_length, key_length = (_checks.length(name, x) for name, x in (("query", query), ("key", key)))
-    index = indices.range_index(key_start, key_stop, key_length, query_length=query_length)
+    index = indices.range_index(
+        key_start,
+        key_stop,
+        key_length,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        query_length=query_length,
+        implementation=implementation,
+    )
     return _sparse_attention(query, key, value, index, scale, implementation, block_sizes, return_residual)
 
 

@@ -102,24 +102,29 @@ def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> ja
     return (start <= index) & (index < stop)
 
 
-def causal_attention(query, key, value, *, query_offset=0, scale=None, return_residual=False):
+def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Array:
+    """True where query and key have the same segment id and it is not below 0.
+
+    Args:
+        query_segment_ids: int32 `[B or 1, T]` or `[T]`.
+        key_segment_ids: int32 `[B or 1, S]` or `[S]`.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
+    on_query = jnp.atleast_2d(query_segment_ids)[:, None, :, None]
+    on_key = jnp.atleast_2d(key_segment_ids)[:, None, None, :]
+    return (on_query == on_key) & (on_query >= 0)
+
+
+def causal_attention(query, key, value, *, query_offset=0, **options):
     """Dense `scfa_jax.causal_attention`."""
     mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
 def hash_sparse_attention(
-    query,
-    key,
-    value,
-    query_hash,
-    key_hash=None,
-    *,
-    exclude_self=False,
-    num_buckets=None,
-    query_offset=0,
-    scale=None,
-    return_residual=False,
+    query, key, value, query_hash, key_hash=None, *, exclude_self=False, num_buckets=None, query_offset=0, **options
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
@@ -127,21 +132,21 @@ def hash_sparse_attention(
         _as_long_as(x, y) for x, y in ((query_hash, query), (query_hash if key_hash is None else key_hash, key))
     )
     mask = hash_mask(query_hash, key_hash, exclude_self=exclude_self, query_offset=query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
-def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, scale=None, return_residual=False):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, **options):
     """Dense `scfa_jax.qk_sparse_attention`."""
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
     mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
-def range_attention(query, key, value, key_start, key_stop, *, scale=None, return_residual=False):
+def range_attention(query, key, value, key_start, key_stop, **options):
     """Dense `scfa_jax.range_attention`."""
     key_start, key_stop = _as_long_as(key_start, query), _as_long_as(key_stop, query)
     mask = range_mask(key_start, key_stop, key.shape[-3])
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
 def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
@@ -164,7 +169,13 @@ def _as_long_as(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x, (x.shape[0], rows.shape[-3], x.shape[2]))
 
 
-def _finish(query, key, value, mask, scale, return_residual):
+def _finish(
+    query, key, value, mask, *, query_segment_ids=None, key_segment_ids=None, scale=None, return_residual=False
+):
+    """What the operators share; their further options end here."""
+    if query_segment_ids is not None:
+        key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+        mask = mask & segment_mask(query_segment_ids, key_segment_ids)
     if query.ndim == 3:
         output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale)
         output, logsumexp = output[0], logsumexp[0]

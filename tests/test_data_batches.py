@@ -37,9 +37,10 @@ def documents_of(lengths: list[int]) -> Corpus:
     return corpus_of(tokens.astype(np.uint8), starts={"train": starts, "held_out": starts})
 
 
-def test_batches_are_windows_with_the_next_token_and_an_epoch_reads_all_of_them_once():
-    batches = training_batches(numbered(4 * 12 + 1), DataConfig(seq_len=4, batch_size=3), seed=0)
-    epoch = np.concatenate([next(batches).tokens for _ in range(4)])
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_batches_are_windows_with_the_next_token_and_an_epoch_reads_all_of_them_once(batch_size):
+    batches = training_batches(numbered(4 * 12 + 1), DataConfig(seq_len=4, batch_size=batch_size), seed=0)
+    epoch = np.concatenate([next(batches).tokens for _ in range(12 // batch_size)])
     assert epoch.shape == (12, 5)
     assert epoch.dtype == np.uint8
     assert sorted(epoch[:, 0].tolist()) == list(range(0, 48, 4))

@@ -48,7 +48,9 @@ def training_batches(
     windows = _Windows(corpus, config, "train")
     mine = slice(process_index * rows, (process_index + 1) * rows)
     # Only numbers of windows are shuffled: no process reads what others train on.
-    numbers = grain.MapDataset.source(range(len(windows))).seed(seed).shuffle().repeat().batch(config.batch_size)
+    # There is no remainder of endless data; to say so keeps grain's count of batches of one sequence within its limit.
+    numbers = grain.MapDataset.source(range(len(windows))).seed(seed).shuffle().repeat()
+    numbers = numbers.batch(config.batch_size, drop_remainder=True)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     return iter(numbers.map(lambda batch: windows.read(batch[mine])).to_iter_dataset(reading))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+import functools
+from collections.abc import Callable
+from typing import Any
 
-from scfa_jax import _checks, dispatch
+import jax
+import jax.numpy as jnp
+
+from scfa_jax import _checks, dispatch, rounds
 from scfa_jax import index as indices
 from scfa_jax.index import Implementation, SparseIndex
 from scfa_jax.tiling import BlockSizes
@@ -85,9 +90,11 @@ def hash_sparse_attention(
         query: float32, bfloat16 or float16 `[B, T, N, H]` or `[T, N, H]`.
         key: `[B, S, K, H]` or `[S, K, H]`; `K` divides `N`.
         value: The shape of `key`.
-        query_hash: int32 `[B, T, N]` or `[T, N]`, the bucket of each query; any axis may be 1.
-        key_hash: int32 `[B, S, K]` or `[S, K]`, likewise. None means the same as `query_hash`, and `S = T`,
-            `K = N`; both sides are then sorted once.
+        query_hash: int32 `[B, T, N]` or `[T, N]`, the bucket of each query; any axis may be 1. With `R` rounds of
+            hashing `[R, B, T, N]`: a query attends once to each key that shares its bucket in any round. This takes
+            `2**R - 1` calls, those beyond the first `R` over the few pairs that share several.
+        key_hash: int32 `[B, S, K]` or `[S, K]`, or `[R, B, S, K]`, likewise. None means the same as `query_hash`,
+            and `S = T`, `K = N`; both sides are then sorted once.
         exclude_self: Whether a query may not attend to the key at its own position.
         num_buckets: A promise that all ids lie in `[0, num_buckets)`, which makes sorting cheaper. Without it
             any int32 is an id. The result is undefined if the promise is broken.
@@ -108,6 +115,25 @@ def hash_sparse_attention(
         raise ValueError(
             f"key_hash may be None only where query and key have one shape, got {query.shape} and {key.shape}."
         )
+    if getattr(query_hash, "ndim", None) == 4:
+        one_round: Callable[..., Any] = functools.partial(
+            hash_sparse_attention,
+            query,
+            key,
+            value,
+            exclude_self=exclude_self,
+            query_offset=query_offset,
+            query_segment_ids=query_segment_ids,
+            key_segment_ids=key_segment_ids,
+            scale=scale,
+            implementation=implementation,
+            block_sizes=block_sizes,
+            output_dtype=jnp.float32,
+            return_residual=True,
+        )
+        output, logsumexp = rounds.attend_to_union(one_round, query_hash, key_hash, num_buckets)
+        output = output.astype(_checks.output_dtype(output_dtype, query.dtype))
+        return (output, logsumexp) if return_residual else output
     index = indices.hash_index(
         query_hash,
         key_hash,

@@ -7,6 +7,8 @@ or second derivatives. Arguments are those of the operators in `scfa_jax`, witho
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -137,11 +139,18 @@ def hash_sparse_attention(
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
-    query_hash, key_hash = (
-        _as_long_as(x, y) for x, y in ((query_hash, query), (query_hash if key_hash is None else key_hash, key))
-    )
-    mask = hash_mask(query_hash, key_hash, exclude_self=exclude_self, query_offset=query_offset)
-    return _finish(query, key, value, mask, **options)
+    key_hash = query_hash if key_hash is None else key_hash
+    rounds = zip(query_hash, key_hash, strict=True) if query_hash.ndim == 4 else [(query_hash, key_hash)]
+    masks = [
+        hash_mask(
+            _as_long_as(on_query, query),
+            _as_long_as(on_key, key),
+            exclude_self=exclude_self,
+            query_offset=query_offset,
+        )
+        for on_query, on_key in rounds
+    ]
+    return _finish(query, key, value, functools.reduce(jnp.logical_or, masks), **options)
 
 
 def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, **options):

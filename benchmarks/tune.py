@@ -177,6 +177,8 @@ def tune(options: Options) -> Iterator[Key]:
         Every key that is done.
     """
     rows: list[dict[str, Any]] = []
+    head = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    known = _known(options.out, head)
     begin = time.monotonic()
     with ThreadPoolExecutor() as pool:
         for itemsize in options.itemsizes:
@@ -188,10 +190,17 @@ def tune(options: Options) -> Iterator[Key]:
                     rows += search(key, pool)
                     yield key
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                head = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-                options.out.write_text("".join(json.dumps(line) + "\n" for line in (head, *rows)))
+                searched = {row["key"] for row in rows}
+                kept = [row for row in known if tuple(row["key"]) not in searched]
+                options.out.write_text("".join(json.dumps(line) + "\n" for line in (head, *kept, *rows)))
                 if options.write:
                     TABLE.write_text(source({**block_sizes.TABLE, **winners(rows)}))
+
+
+def _known(out: Path, head: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of an earlier search on the same kind of GPU with the same JAX."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return lines[1:] if lines and lines[0] == head else []
 
 
 def main() -> int:

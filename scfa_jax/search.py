@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def count_leading(holds: Callable[[jax.Array], jax.Array], length: int, shape: tuple[int, ...]) -> jax.Array:
+def count_leading(
+    holds: Sequence[Callable[[jax.Array], jax.Array]], length: int, shape: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
     """Counts the leading elements of sequences for which a condition holds: first it does, then no longer.
 
     Args:
-        holds: Takes int32 element numbers of `shape`, in `[0, length)`, and tells whether the condition holds there.
+        holds: Conditions, searched side by side. Each takes int32 element numbers of `shape`, in `[0, length)`, and
+            tells whether it holds there.
         length: Length of the sequences, at least 1.
         shape: One search for each element.
 
     Returns:
-        int32 of `shape`, in `[0, length]`.
+        int32 of `shape` for each condition, in `[0, length]`.
     """
 
     def halve(_, ends):
-        first, last = ends  # the count lies in [first, last]
+        return tuple(halve_one(condition, *pair) for condition, pair in zip(holds, ends, strict=True))
+
+    def halve_one(condition, first, last):  # the count lies in [first, last]
         middle = jax.lax.div(first + last, np.int32(2))
         is_open = first < last
-        held = holds(jnp.minimum(middle, np.int32(length - 1)))
+        held = condition(jnp.minimum(middle, np.int32(length - 1)))
         return jnp.where(is_open & held, middle + 1, first), jnp.where(is_open & ~held, middle, last)
 
-    ends = jnp.zeros(shape, jnp.int32), jnp.full(shape, length, jnp.int32)
-    return jax.lax.fori_loop(0, length.bit_length(), halve, ends)[0]
+    ends = (jnp.zeros(shape, jnp.int32), jnp.full(shape, length, jnp.int32))
+    return tuple(first for first, _ in jax.lax.fori_loop(0, length.bit_length(), halve, (ends,) * len(holds)))
 
 
 def key_ranges(
@@ -49,12 +54,10 @@ def key_ranges(
     length = key_id.shape[-1]
     at = lambda x, i: jnp.take_along_axis(x, i, axis=-1)
 
-    def is_seen(i):
-        return is_up_to(at(key_id, i), at(key_position, i), query_id, last_position)
-
-    low = count_leading(lambda i: at(key_id, i) < query_id, length, query_id.shape)
-    high = count_leading(is_seen, length, query_id.shape) - 1
-    return low, high
+    is_before = lambda i: at(key_id, i) < query_id
+    is_seen = lambda i: is_up_to(at(key_id, i), at(key_position, i), query_id, last_position)
+    before, seen = count_leading((is_before, is_seen), length, query_id.shape)
+    return before, seen - 1
 
 
 def is_up_to(key_id: jax.Array, key_position: jax.Array, query_id: jax.Array, last_position: jax.Array) -> jax.Array:

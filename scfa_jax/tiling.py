@@ -7,12 +7,15 @@ tiles alone, never from pairs or from a search per element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scfa_jax import search
 from scfa_jax.index import NEVER, SparseIndex
 
 
@@ -78,12 +81,11 @@ def key_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Array
     Returns:
         int32 `[B, N, tiles of queries, 4]`: start, full_start, full_stop, stop. Axes as small as the index has.
     """
-    rows, keys = _query_edges(index, block_q), _key_edges(index, block_k)
-    start = _count_below(keys.last, rows.low_min)
-    full_start = _count_below(keys.first, rows.low_max)
-    full_stop = _count_up_to(keys.padded_last, rows.high_min)
-    stop = jnp.where(rows.low_min <= rows.high_max, _count_up_to(keys.first, rows.high_max), 0)
-    return _nested(start, full_start, full_stop, stop)
+    low_min, low_max, high_min, high_max, first, last = _edges(index, block_q, block_k)
+    if low_min.size == 0 or first.size == 0:
+        return jnp.zeros((*low_min.shape, 4), jnp.int32)
+    ends = (low_min, low_max, high_min, high_max)
+    return jnp.stack(key_bounds(*ends, _at(first), _at(last), index.key_length, block_k), axis=-1)
 
 
 def query_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Array:
@@ -100,18 +102,110 @@ def query_tile_bounds(index: SparseIndex, block_q: int, block_k: int) -> jax.Arr
     Returns:
         int32 `[B, N, tiles of keys, 4]`: start, full_start, full_stop, stop. Axes as small as the index has.
     """
-    rows, keys = _query_edges(index, block_q), _key_edges(index, block_k)
-    high_max = rows.high_max if index.ascending else jax.lax.cummax(rows.high_max, axis=2)
-    start = _count_below(high_max, keys.first)
-    # Queries that attend to nothing have `low == NEVER`, as have the codes of dropped keys: they must not meet.
-    stop = _count_up_to(rows.low_min, jnp.minimum(keys.last, NEVER - 1))
-    if index.ascending:
-        full_start = _count_below(rows.high_min, keys.padded_last)
-        # The rows past the end of a last, partial tile attend to nothing.
-        full_stop = jnp.minimum(_count_up_to(rows.low_max, keys.first), index.query_length // block_q)
-    else:
+    low_min, low_max, high_min, high_max, first, last = _edges(index, block_q, block_k)
+    if low_min.size == 0 or first.size == 0:
+        return jnp.zeros((*first.shape, 4), jnp.int32)
+    high_max = high_max if index.ascending else jax.lax.cummax(high_max, axis=2)
+    tile = jnp.broadcast_to(jnp.arange(first.shape[-1], dtype=jnp.int32), first.shape)
+    rows = (_at(low_min), _at(low_max), _at(high_min), _at(high_max))
+    start, full_start, full_stop, stop = query_bounds(
+        tile, first, last, *rows, index.query_length, index.key_length, block_q, block_k
+    )
+    if not index.ascending:
         full_start = full_stop = stop
-    return _nested(start, full_start, full_stop, stop)
+    return jnp.stack([start, full_start, full_stop, stop], axis=-1)
+
+
+# Edges of tiles, by the number of the tile: values of an array, or loads of a kernel.
+Edge: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+def key_bounds(
+    low_min: jax.Array,
+    low_max: jax.Array,
+    high_min: jax.Array,
+    high_max: jax.Array,
+    first: Edge,
+    last: Edge,
+    key_length: int,
+    block_k: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The bounds of tiles of queries, given the least and greatest ends of their ranges; for kernels too.
+
+    Args:
+        low_min: int32, any shape, one element a tile of queries; like the next three.
+        low_max: The greatest `low` of the tile.
+        high_min: The least `high`.
+        high_max: The greatest `high`.
+        first: The first code of tiles of keys.
+        last: The last code of tiles of keys.
+        key_length: Number of keys, at least 1.
+        block_k: Keys in a tile.
+
+    Returns:
+        start, full_start, full_stop, stop.
+    """
+    start, full_start, full_stop, stop = search.count_leading(
+        (
+            lambda tile: last(tile) < low_min,
+            lambda tile: first(tile) < low_max,
+            lambda tile: last(tile) <= high_min,
+            lambda tile: first(tile) <= high_max,
+        ),
+        num_tiles(key_length, block_k),
+        low_min.shape,
+    )
+    full_stop = jnp.minimum(full_stop, key_length // block_k)  # the rows past the end are no keys
+    return _nested(start, full_start, full_stop, jnp.where(low_min <= high_max, stop, 0))
+
+
+def query_bounds(
+    tile: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    low_min: Edge,
+    low_max: Edge,
+    high_min: Edge,
+    high_max: Edge,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The bounds of tiles of keys, given their first and last codes; for kernels too.
+
+    Args:
+        tile: int32, any shape: numbers of the tiles of keys.
+        first: int32, their first codes.
+        last: int32, their last codes.
+        low_min: The least `low` of tiles of queries.
+        low_max: The greatest `low`.
+        high_min: The least `high`.
+        high_max: The greatest `high`, ascending.
+        query_length: Number of queries, at least 1.
+        key_length: Number of keys, at least 1.
+        block_q: Queries in a tile.
+        block_k: Keys in a tile.
+
+    Returns:
+        start, full_start, full_stop, stop.
+    """
+    # No query spans a tile of keys that the end cuts short.
+    padded_last = jnp.where(tile < key_length // block_k, last, NEVER)
+    # Queries that attend to nothing have `low == NEVER`, as have the codes of dropped keys: they must not meet.
+    met_last = jnp.minimum(last, NEVER - 1)
+    start, full_start, full_stop, stop = search.count_leading(
+        (
+            lambda rows: high_max(rows) < first,
+            lambda rows: high_min(rows) < padded_last,
+            lambda rows: low_max(rows) <= first,
+            lambda rows: low_min(rows) <= met_last,
+        ),
+        num_tiles(query_length, block_q),
+        tile.shape,
+    )
+    # The rows past the end of a last, partial tile attend to nothing.
+    return _nested(start, full_start, jnp.minimum(full_stop, query_length // block_q), stop)
 
 
 def align_heads(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -120,52 +214,29 @@ def align_heads(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], 1) for x in arrays)
 
 
-@dataclass(frozen=True)
-class _QueryEdges:
-    """The least and greatest ends of the ranges in each tile of queries: int32 `[B, N, tiles]`."""
-
-    low_min: jax.Array
-    low_max: jax.Array
-    high_min: jax.Array
-    high_max: jax.Array
-
-
-@dataclass(frozen=True)
-class _KeyEdges:
-    """The first and last code in each tile of keys, and the last where padding is `NEVER`: int32 `[B, N, tiles]`."""
-
-    first: jax.Array
-    last: jax.Array
-    padded_last: jax.Array
-
-
-def _query_edges(index: SparseIndex, block_q: int) -> _QueryEdges:
+def _edges(index: SparseIndex, block_q: int, block_k: int) -> list[jax.Array]:
+    """Edges of all tiles: low_min, low_max, high_min, high_max `[B, N, tiles]`; first and last code, likewise."""
     length = index.query_length
-    tiles = num_tiles(length, block_q)
-    first = np.arange(tiles) * block_q
-    last = np.minimum(first + block_q, length) - 1
+    begin, end = _first_and_last_rows(length, block_q)
     if index.ascending:
-        high_min, high_max = index.high[..., first], index.high[..., last]
+        high_min, high_max = index.high[..., begin], index.high[..., end]
     else:
-        padding = tiles * block_q - length
+        padding = num_tiles(length, block_q) * block_q - length
         high_max = _by_tile(index.high, padding, -1, block_q).max(-1)
         high_min = _by_tile(index.high, padding, NEVER, block_q).min(-1)
-    edges = (index.low[..., first], index.low[..., last], high_min, high_max)
-    return _QueryEdges(*_match(edges, index.key_code))
+    first, last = (index.key_code[..., rows] for rows in _first_and_last_rows(index.key_length, block_k))
+    edges = align_heads(index.low[..., begin], index.low[..., end], high_min, high_max, first, last)
+    entries = np.broadcast_shapes(*(x.shape[:2] for x in edges))
+    return [jnp.broadcast_to(x, (*entries, x.shape[2])) for x in edges]
 
 
-def _key_edges(index: SparseIndex, block_k: int) -> _KeyEdges:
-    length = index.key_length
-    first = np.arange(num_tiles(length, block_k)) * block_k
-    last = first + block_k - 1
-    last_code = index.key_code[..., np.minimum(last, length - 1)]
-    padded_last = jnp.where(last < length, last_code, NEVER)
-    return _KeyEdges(*_match((index.key_code[..., first], last_code, padded_last), index.low))
+def _first_and_last_rows(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    begin = np.arange(num_tiles(length, block)) * block
+    return begin, np.minimum(begin + block, length) - 1
 
 
-def _match(edges: tuple[jax.Array, ...], other: jax.Array) -> tuple[jax.Array, ...]:
-    """Repeats the edges' heads to those of the other side."""
-    return tuple(align_heads(x, other[..., :1])[0] for x in edges)
+def _at(edges: jax.Array) -> Edge:
+    return lambda tile: jnp.take_along_axis(edges, tile, axis=-1)
 
 
 def _by_tile(x: jax.Array, padding: int, fill: int | np.int32, block: int) -> jax.Array:
@@ -173,22 +244,14 @@ def _by_tile(x: jax.Array, padding: int, fill: int | np.int32, block: int) -> ja
     return x.reshape(*x.shape[:2], -1, block)
 
 
-def _count_below(edges: jax.Array, values: jax.Array) -> jax.Array:
-    """Number of (ascending) edges `< value`, for each value along the last axis."""
-    return (edges[..., None, :] < values[..., :, None]).sum(-1, dtype=jnp.int32)
-
-
-def _count_up_to(edges: jax.Array, values: jax.Array) -> jax.Array:
-    """Number of (ascending) edges `<= value`, for each value along the last axis."""
-    return (edges[..., None, :] <= values[..., :, None]).sum(-1, dtype=jnp.int32)
-
-
-def _nested(start: jax.Array, full_start: jax.Array, full_stop: jax.Array, stop: jax.Array) -> jax.Array:
-    """Stacks the four with `start <= full_start <= full_stop <= stop`; what meets nothing is empty."""
+def _nested(
+    start: jax.Array, full_start: jax.Array, full_stop: jax.Array, stop: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Makes `start <= full_start <= full_stop <= stop`; what meets nothing is empty."""
     stop = jnp.maximum(stop, start)
     full_start = jnp.clip(full_start, start, stop)
     full_stop = jnp.clip(full_stop, full_start, stop)
-    return jnp.stack([start, full_start, full_stop, stop], axis=-1)
+    return start, full_start, full_stop, stop
 
 
 def next_power_of_two(x: int) -> int:

@@ -6,7 +6,8 @@ import shutil
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share a GPU
 # The suite compiles thousands of small functions and runs each once: no time for optimisation or autotuning.
 if shutil.which("nvidia-smi"):
-    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    # Deterministic: else XLA sums an embedding's gradient in any order, and no run continues bit for bit.
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true")
     # The projections of Flax's layers are compared to float32 accuracy; the library's own dots never ask for this.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 else:

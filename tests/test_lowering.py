@@ -43,16 +43,17 @@ def number_of_kernels(text: str) -> int:
 ATTENTION = 3  # forward, dq, dk with dv
 MARKS = 2  # which keys take part, in either pass
 RANGES = 1  # where the ranges of queries begin and end, if the ids have no bound
+BOUNDS = 3  # which tiles meet, for each of the three, if the ranges ascend
 SORT = 2  # count and place, for each side of its own shape
 
 
 @pytest.mark.parametrize(
     ("pattern", "number"),
     [
-        ("causal", ATTENTION),
-        ("hash", ATTENTION + RANGES + MARKS),
-        ("shared_hash", ATTENTION),
-        ("keep", ATTENTION + 2 * SORT),
+        ("causal", ATTENTION + BOUNDS),
+        ("hash", ATTENTION + BOUNDS + RANGES + MARKS),
+        ("shared_hash", ATTENTION + BOUNDS),
+        ("keep", ATTENTION + BOUNDS + 2 * SORT),
         ("range", ATTENTION + MARKS),
     ],
 )
@@ -73,7 +74,7 @@ def test_every_head_size_lowers(head_dim, dtype):
     if head_dim % 40 and dtype != jnp.bfloat16:
         pytest.skip("every fifth size stands for the other dtypes")
     case = make_case("hash", np.random.default_rng(0), Shape(1, 64, 64, 1, 1, head_dim), dtype)
-    assert number_of_kernels(lowered_for_cuda(*_call(gradients(case, "triton")))) == ATTENTION + RANGES + MARKS
+    assert number_of_kernels(lowered_for_cuda(*_call(gradients(case, "triton")))) == ATTENTION + BOUNDS + RANGES + MARKS
 
 
 def test_vmapped_kernels_lower():
@@ -82,13 +83,13 @@ def test_vmapped_kernels_lower():
     stacked = lambda x, axis: jnp.stack([x, x], axis)
     mapped = jax.vmap(jax.vmap(gradient, (2, None, 0, 1)), (0, None, None, None))
     arguments = (stacked(stacked(query, 2), 0), key, stacked(value, 0), tuple(stacked(x, 1) for x in pattern))
-    assert number_of_kernels(lowered_for_cuda(mapped, *arguments)) == ATTENTION + RANGES + MARKS
+    assert number_of_kernels(lowered_for_cuda(mapped, *arguments)) == ATTENTION + BOUNDS + RANGES + MARKS
 
 
 def test_the_platform_that_code_is_lowered_for_decides():
     case = make_case("hash", np.random.default_rng(0), Shape(1, 64, 64, 1, 1, 32), jnp.bfloat16)
     function, arguments = gradients(case, None)
-    assert number_of_kernels(lowered_for_cuda(function, *arguments)) == ATTENTION + RANGES + MARKS
+    assert number_of_kernels(lowered_for_cuda(function, *arguments)) == ATTENTION + BOUNDS + RANGES + MARKS
     on_cpu = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
     assert number_of_kernels(on_cpu) == 0
 

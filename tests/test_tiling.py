@@ -4,11 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, Shape, drawn_cases, make_case
+from conftest import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import build
 
 from scfa_jax import BlockSizes, Tile, tiling
+from scfa_jax.kernels import triton_bounds
 
 
 def ordered_mask(index):
@@ -26,6 +28,20 @@ def members(bounds, i, j):
     start, full_start, full_stop, stop = bounds[i]
     assert start <= full_start <= full_stop <= stop
     return start <= j < stop, full_start <= j < full_stop
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=5)  # the arithmetic is the same; only the loads differ
+@given(data=st.data())
+def test_the_kernel_finds_the_same_bounds(pattern, data):
+    case = data.draw(drawn_cases(pattern))
+    blocks = data.draw(st.sampled_from(((16, 16), (16, 32), (32, 16))))
+    index = build(pattern, case)
+    if 0 in (index.query_length, index.key_length):
+        return  # the kernels are not called then
+    for name in ("key_tile_bounds", "query_tile_bounds"):
+        plain = getattr(tiling, name)(index, *blocks)
+        np.testing.assert_array_equal(plain, getattr(triton_bounds, name)(index, *blocks, interpret=not HAS_GPU))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

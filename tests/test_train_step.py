@@ -46,7 +46,7 @@ def test_the_loss_falls_in_one_trace(attention, remat, text):
 
 def test_a_step_in_parts_is_the_step_in_one():
     config = ModelConfig(**{**TINY, "layers": 3, "num_buckets": 4}, attention="dense,hash,qk")
-    batch = random_batch(4, 24, segments=False)
+    batch = random_batch(4, 24, segments=True)
     results = []
     for parts in (1, 2):
         optimizer = OptimizerConfig(steps=10, lr=0.01, warmup=0, accumulate=parts)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile, triton_search
+from scfa_jax.kernels import _compat, tile, triton_bounds, triton_search
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, order_entry, padded_head_spec, shared_entry
 from scfa_jax.tiling import BlockSizes, Tile
 
@@ -75,12 +75,13 @@ def backward(
             name=name,
         )(*vectors, *arrays)
 
+    key_bounds = functools.partial(triton_bounds.key_tile_bounds, interpret=interpret)
     block = blocks.dq
     sorted_logsumexp, sorted_delta, dq = call(
         _dq_kernel,
         block,
         (tiling.num_tiles(query_length, block.block_q), num_heads),
-        (tiling.key_tile_bounds(index, block.block_q, block.block_k), *ranges, logsumexp, logsumexp_gradient),
+        (key_bounds(index, block.block_q, block.block_k), *ranges, logsumexp, logsumexp_gradient),
         (query, key, value, output, output_gradient),
         (logsumexp, logsumexp),
         (query,),
@@ -88,13 +89,13 @@ def backward(
     )
     block = blocks.dkv
     # Only where the ranges do not ascend may a walk over tiles of queries pass some that it does not meet.
-    met = None if index.ascending else tiling.key_tile_bounds(index, block.block_q, block.block_k)
+    met = None if index.ascending else key_bounds(index, block.block_q, block.block_k)
     dk, dv = call(
         _dkv_kernel,
         block,
         (tiling.num_tiles(key_length, block.block_k), key_heads),
         (
-            tiling.query_tile_bounds(index, block.block_q, block.block_k),
+            triton_bounds.query_tile_bounds(index, block.block_q, block.block_k, interpret=interpret),
             met,
             *ranges,
             sorted_logsumexp,

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import _compat, tile, triton_search
+from scfa_jax.kernels import _compat, tile, triton_bounds, triton_search
 from scfa_jax.kernels.triton_common import Rows, batch_spec, load_bounds, order_entry, padded_head_spec, shared_entry
 from scfa_jax.tiling import Tile
 
@@ -40,7 +40,7 @@ def forward(
         The output `[B, T, N, H]` and the natural log-sum-exp, float32 `[B, N, T]`.
     """
     batch, query_length, num_heads, head_dim = query.shape
-    bounds = tiling.key_tile_bounds(index, block.block_q, block.block_k)
+    bounds = triton_bounds.key_tile_bounds(index, block.block_q, block.block_k, interpret=interpret)
     code = triton_search.marked_codes(index, key.shape[2], interpret=interpret)
     operands = (bounds, index.low, index.high, code, index.query_order, index.key_order)
     kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)

@@ -92,6 +92,31 @@ def query_offset(offset: Any) -> jax.Array:
     return jnp.clip(jnp.asarray(offset, jnp.int32), -_OFFSET_LIMIT, _OFFSET_LIMIT).reshape(-1, 1, 1)
 
 
+def segment_ids(name: str, x: jax.Array, length: int) -> jax.Array:
+    """Checks segment ids, `[B, L]` or `[L]`, and returns int32 `[B or 1, L]`."""
+    _check_array(name, x)
+    if x.dtype not in (jnp.int32, jnp.int16, jnp.int8):
+        raise TypeError(f"{name} must be int32, got {x.dtype}.")
+    if x.ndim not in (1, 2) or x.shape[-1] != length:
+        raise ValueError(f"{name} must be [B, {length}] or [{length}], got shape {x.shape}.")
+    x = jnp.asarray(x, jnp.int32)
+    return x[None] if x.ndim == 1 else x
+
+
+def batches(**arrays: jax.Array) -> None:
+    """Checks that the first axes of named arrays are equal or 1."""
+    sizes = {name: x.shape[0] for name, x in arrays.items() if x.shape[0] != 1}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(sizes)} must have the same batch size or 1, got {' and '.join(map(str, sizes.values()))}."
+        )
+
+
+def starts_at_zero(query_offset: Any) -> bool:
+    """Whether queries are known to count from 0, as keys do."""
+    return isinstance(query_offset, int) and query_offset == 0
+
+
 def num_buckets(value: int | None) -> None:
     """Checks the promise about bucket ids."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
@@ -111,6 +136,32 @@ def scale(value: float | None, head_dim: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {value}.")
     return float(value)
+
+
+def output_dtype(dtype, default: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype of the output."""
+    dtype = default if dtype is None else jnp.dtype(dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"output_dtype must be float32, bfloat16 or float16, got {dtype}.")
+    return dtype
+
+
+def parts(outputs: list, logsumexps: list, dtype) -> jnp.dtype:
+    """Checks results that are to be merged and returns the dtype of what they merge to."""
+    if not outputs or len(outputs) != len(logsumexps):
+        raise ValueError(
+            f"outputs and logsumexps must be as many, at least one, got {len(outputs)} and {len(logsumexps)}."
+        )
+    for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps)):
+        for x in arrays:
+            _check_array(name, x)
+            if x.dtype not in (FLOAT_DTYPES if name == "outputs" else (jnp.float32,)):
+                supported = "float32, bfloat16 or float16" if name == "outputs" else "float32"
+                raise TypeError(f"{name} must be {supported}, got {x.dtype}.")
+            expected = outputs[0].shape if name == "outputs" else outputs[0].shape[:-1]
+            if x.shape != expected:
+                raise ValueError(f"{name} must have shape {expected} like the first of the outputs, got {x.shape}.")
+    return output_dtype(dtype, jnp.result_type(*outputs))
 
 
 def _check_array(name: str, x) -> None:

@@ -13,7 +13,9 @@ from scfa_jax.attention import causal_attention, qk_sparse_attention
 from scfa_jax.sparsity import Hash, Implementation, attend
 
 
-def causal_attention_fn(*, implementation: Implementation = None) -> Callable[..., jax.Array]:
+def causal_attention_fn(
+    *, segment_ids: jax.Array | None = None, implementation: Implementation = None
+) -> Callable[..., jax.Array]:
     """Makes dense causal attention an `attention_fn` of Flax's multi-head attention (linen and nnx).
 
     Causality is built in, so pass no mask; `is_causal` may be either. A mask, bias or active dropout, Flax's
@@ -21,16 +23,30 @@ def causal_attention_fn(*, implementation: Implementation = None) -> Callable[..
     raise. The softmax is always computed in float32, products at least as precisely as any `precision`.
 
     Args:
+        segment_ids: int32 `[..., T]` for self-attention: it stays among equal ids, and rows with an id below 0
+            (padding) take no part; None for one segment.
         implementation: As in `scfa_jax.causal_attention`.
 
     Returns:
         A function of `query [..., T, N, H]`, `key`, `value [..., S, K, H]` and the keywords that Flax passes.
+
+    Raises:
+        ValueError: `segment_ids` has no axis.
     """
-    return _for_flax(lambda query, key, value: causal_attention(query, key, value, implementation=implementation))
+    segment_ids = _one_segment_axis(segment_ids)
+    return _for_flax(
+        lambda query, key, value: causal_attention(
+            query, key, value, query_segment_ids=segment_ids, implementation=implementation
+        )
+    )
 
 
 def hash_attention_fn(
-    rotations: jax.Array, *, exclude_self: bool = True, implementation: Implementation = None
+    rotations: jax.Array,
+    *,
+    exclude_self: bool = True,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation = None,
 ) -> Callable[..., jax.Array]:
     """Makes Hash-sparse attention an `attention_fn` of Flax's multi-head attention (linen and nnx).
 
@@ -41,26 +57,37 @@ def hash_attention_fn(
         rotations: float `[K, H, num_buckets // 2]`, from `scfa_jax.random_rotations`; fixed as long as the
             returned function is used.
         exclude_self: Whether a token may not attend to itself.
+        segment_ids: As in `causal_attention_fn`.
         implementation: As in `scfa_jax.hash_sparse_attention`.
 
     Returns:
         A function of `query [..., T, N, H]`, `key`, `value [..., S, K, H]` and the keywords that Flax passes.
 
     Raises:
-        ValueError: `rotations` does not have three axes.
+        ValueError: `rotations` does not have three axes, or `segment_ids` has none.
     """
     if rotations.ndim != 3:
         raise ValueError(f"rotations must be [K, H, num_buckets // 2], got {rotations.shape}.")
-    sparsity = Hash(2 * rotations.shape[2], exclude_self)
+    sparsity, segment_ids = Hash(2 * rotations.shape[2], exclude_self), _one_segment_axis(segment_ids)
     return _for_flax(
         lambda query, key, value: attend(
-            query, key, value, sparsity, rotations=rotations, implementation=implementation
+            query,
+            key,
+            value,
+            sparsity,
+            rotations=rotations,
+            segment_ids=segment_ids,
+            implementation=implementation,
         )
     )
 
 
 def qk_attention_fn(
-    query_keep: jax.Array, key_keep: jax.Array, *, implementation: Implementation = None
+    query_keep: jax.Array,
+    key_keep: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation = None,
 ) -> Callable[..., jax.Array]:
     """Makes QK-sparse attention an `attention_fn` of Flax's multi-head attention (linen and nnx).
 
@@ -69,21 +96,29 @@ def qk_attention_fn(
     Args:
         query_keep: bool `[..., T, N]`, True where a query takes part.
         key_keep: bool `[..., S, K]`, True where a key takes part.
+        segment_ids: As in `causal_attention_fn`.
         implementation: As in `scfa_jax.qk_sparse_attention`.
 
     Returns:
         A function of `query [..., T, N, H]`, `key`, `value [..., S, K, H]` and the keywords that Flax passes.
 
     Raises:
-        ValueError: A mask has fewer than two axes.
+        ValueError: A mask has fewer than two axes, or `segment_ids` has none.
     """
     for name, keep in (("query_keep", query_keep), ("key_keep", key_keep)):
         if keep.ndim < 2:
             raise ValueError(f"{name} must be [..., length, heads], got {keep.shape}.")
     query_keep, key_keep = (_one_batch_axis(x, 2) for x in (query_keep, key_keep))
+    segment_ids = _one_segment_axis(segment_ids)
     return _for_flax(
         lambda query, key, value: qk_sparse_attention(
-            query, key, value, query_keep, key_keep, implementation=implementation
+            query,
+            key,
+            value,
+            query_keep,
+            key_keep,
+            query_segment_ids=segment_ids,
+            implementation=implementation,
         )
     )
 
@@ -161,3 +196,11 @@ def _check_precision(precision: Any) -> None:
 def _one_batch_axis(x: jax.Array, inner: int) -> jax.Array:
     """Folds the axes before the last `inner` into one."""
     return x.reshape(math.prod(x.shape[:-inner]), *x.shape[-inner:])
+
+
+def _one_segment_axis(segment_ids: jax.Array | None) -> jax.Array | None:
+    if segment_ids is None:
+        return None
+    if segment_ids.ndim < 1:
+        raise ValueError(f"segment_ids must be [..., length], got {segment_ids.shape}.")
+    return _one_batch_axis(segment_ids, 1)

@@ -2,26 +2,25 @@
 
 Every key has an int32 code, keys stand in ascending order of code, and a query attends exactly to the keys with
 `low <= code <= high`. A key that nobody may attend to has the code `NEVER`, which no `high` reaches; a query that
-attends to nothing has `low > high`. All builders work on traced arrays and give arrays of static shapes.
+attends to nothing has `low > high`. All builders work on traced arrays and give arrays of static shapes. Codes are
+made of places in line, which are positions unless there are segments (segments.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, remat, search
-from scfa_jax.kernels import _compat
+from scfa_jax import _checks, remat, segments, sorting
+from scfa_jax.segments import Positions, Segments
+from scfa_jax.sorting import Implementation, iota, iota_like
 
 NEVER = np.int32(2**31 - 1)
-
-Implementation = str | Sequence[str] | None
 
 
 @jax.tree_util.register_dataclass
@@ -97,27 +96,48 @@ class SparseIndex:
         }
 
 
-def causal_index(query_length: int, key_length: int, *, query_offset: jax.Array | int = 0) -> SparseIndex:
+def causal_index(
+    query_length: int,
+    key_length: int,
+    *,
+    query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    implementation: Implementation = None,
+) -> SparseIndex:
     """Every query attends to all keys at or before its position.
 
     Args:
         query_length: Number of queries `T`.
         key_length: Number of keys `S`.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
+        query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
+            (padding) take no part. Any ids in any order; None for one segment.
+        key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
+        implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels search on a GPU.
 
     Returns:
         The index, with a batch axis of 1 or `B` and one head.
+
+    Raises:
+        TypeError: The segment ids are not int32.
+        ValueError: Shapes do not fit each other.
     """
-    offset = _checks.query_offset(query_offset)
-    high = _last_position(offset, _iota(query_length), key_length)
-    return SparseIndex(
-        key_order=None,
-        key_code=_up_to(_iota(key_length)[None, None], high),
-        query_order=None,
-        low=jnp.zeros_like(high),
+    line = segments.line_up(query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation)
+    high = line.last()
+    index = _index(
+        line,
+        key_place=None,
+        key_code=iota(key_length)[None, None],
+        query_place=None,
+        low=line.first(jnp.zeros_like(high)),
         high=high,
-        all_met=True,
-        density=1.0,
+    )
+    return dataclasses.replace(
+        index,
+        key_code=_up_to(index.key_code, index.high),
+        all_met=isinstance(line, Positions) or (key_segment_ids is None and _checks.starts_at_zero(query_offset)),
+        density=1.0 if isinstance(line, Positions) else 0.25,
     )
 
 
@@ -128,6 +148,8 @@ def hash_index(
     exclude_self: bool = False,
     num_buckets: int | None = None,
     query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     query_length: int | None = None,
     key_length: int | None = None,
     implementation: Implementation = None,
@@ -141,6 +163,8 @@ def hash_index(
         num_buckets: A promise that all ids lie in `[0, num_buckets)`, for a cheaper sort. Without it any int32
             will do. The result is undefined if the promise is broken.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
+        query_segment_ids: As `causal_index` takes it.
+        key_segment_ids: As `causal_index` takes it.
         query_length: Number of queries, where the axis of `query_hash` is 1.
         key_length: Number of keys, where the axis of `key_hash` is 1.
         implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels sort on a GPU.
@@ -149,27 +173,39 @@ def hash_index(
         The index.
 
     Raises:
-        TypeError: The hashes are not int32.
+        TypeError: The hashes or segment ids are not int32.
         ValueError: Shapes do not fit each other, or `num_buckets` is below 1.
     """
     query_id = _per_head("query_hash", query_hash, jnp.int32, query_length)
-    offset = _checks.query_offset(query_offset)
     _checks.num_buckets(num_buckets)
-    # Equal positions on both sides let one sort serve both.
-    shared = key_hash is None and key_length in (None, query_id.shape[-1])
+    # Equal places on both sides let one sort serve both.
+    shared = key_hash is None and key_length in (None, query_id.shape[-1]) and key_segment_ids is None
     if key_hash is None:
         key_hash, key_length = query_hash, query_id.shape[-1] if key_length is None else key_length
     key_id = _per_head("key_hash", key_hash, jnp.int32, key_length)
-    _check_sides(query_id, key_id, "query_hash", "key_hash")
-    longest = max(query_id.shape[-1], key_id.shape[-1], 1)
-    is_aligned = isinstance(query_offset, int) and query_offset == 0 and query_id.shape[-1] == key_id.shape[-1]
-    if num_buckets is not None and num_buckets * longest < 2**31:
-        sort = functools.partial(_sorted_codes, num_buckets=num_buckets, implementation=implementation)
-        index = _packed_hash_index(query_id, None if shared else key_id, sort, offset, exclude_self)
-    elif shared and is_aligned:
+    query_length, key_length = query_id.shape[-1], key_id.shape[-1]
+    line = segments.line_up(
+        query_segment_ids,
+        key_segment_ids,
+        query_length,
+        key_length,
+        query_offset,
+        implementation,
+        exclude_self=exclude_self,
+    )
+    _check_sides(line, query_hash=query_id, key_hash=key_id)
+    is_aligned = query_length == key_length and _checks.starts_at_zero(query_offset)
+    if num_buckets is not None and num_buckets * max(query_length, key_length, 1) < 2**31:
+        # Padding is last in line, and so in the last bucket.
+        query_id = line.queries(query_id, padding=num_buckets - 1)
+        other_id = None if shared else line.keys(key_id, padding=num_buckets - 1)
+        sort = functools.partial(sorting.sorted_codes, num_buckets=num_buckets, implementation=implementation)
+        index = _packed_hash_index(line, query_id, other_id, sort)
+    elif shared and is_aligned and isinstance(line, Positions):
         index = _shared_rank_hash_index(query_id, exclude_self)
     else:
-        index = _rank_hash_index(query_id, key_id, offset, exclude_self, implementation)
+        query_id, key_id = line.queries(query_id, padding=NEVER), line.keys(key_id, padding=NEVER)
+        index = _rank_hash_index(line, query_id, key_id, implementation)
     # Then the query at its own position attends to every key.
     all_met = shared and is_aligned and not exclude_self
     return dataclasses.replace(index, all_met=all_met, density=1 / (num_buckets or 16))
@@ -180,6 +216,8 @@ def keep_index(
     key_keep: jax.Array,
     *,
     query_offset: jax.Array | int = 0,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
     query_length: int | None = None,
     key_length: int | None = None,
     implementation: Implementation = None,
@@ -190,6 +228,8 @@ def keep_index(
         query_keep: bool `[B, T, N]` or `[T, N]`, True where the query takes part; any axis may be 1.
         key_keep: bool `[B, S, K]` or `[S, K]`, likewise.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
+        query_segment_ids: As `causal_index` takes it.
+        key_segment_ids: As `causal_index` takes it.
         query_length: Number of queries, where the axis of `query_keep` is 1.
         key_length: Number of keys, where the axis of `key_keep` is 1.
         implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels sort on a GPU.
@@ -198,34 +238,42 @@ def keep_index(
         The index: kept rows first, by position, and dropped rows after them.
 
     Raises:
-        TypeError: The masks are not boolean.
+        TypeError: The masks are not boolean, or the segment ids not int32.
         ValueError: Shapes do not fit each other.
     """
     query_keep = _per_head("query_keep", query_keep, jnp.bool_, query_length)
     key_keep = _per_head("key_keep", key_keep, jnp.bool_, key_length)
-    offset = _checks.query_offset(query_offset)
-    _check_sides(query_keep, key_keep, "query_keep", "key_keep")
     query_length, key_length = query_keep.shape[-1], key_keep.shape[-1]
+    line = segments.line_up(query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation)
+    _check_sides(line, query_keep=query_keep, key_keep=key_keep)
 
-    key_order, key_kept = _kept_first(key_keep, implementation)
-    query_order, query_kept = _kept_first(query_keep, implementation)
-    high = _last_position(offset, query_order, key_length)
+    key_place, key_kept = sorting.kept_first(line.keys(key_keep, padding=False), implementation)
+    query_place, query_kept = sorting.kept_first(line.queries(query_keep, padding=False), implementation)
+    high = line.last(query_place)
     # Dropped queries come last; repeating the largest `high` keeps the row ascending.
     last_high = jnp.max(jnp.where(query_kept, high, -1), axis=-1, keepdims=True, initial=-1)
-    return SparseIndex(
-        key_order=key_order,
-        key_code=_up_to(jnp.where(key_kept, key_order, NEVER), last_high),
-        query_order=query_order,
-        low=jnp.where(query_kept, 0, NEVER),
+    index = _index(
+        line,
+        key_place=key_place,
+        key_code=_up_to(jnp.where(key_kept, key_place, NEVER), last_high),
+        query_place=query_place,
+        low=jnp.where(query_kept, line.first(0, query_place), NEVER),
         high=jnp.where(query_kept, high, last_high),
-        # Heads that share their keys' mask need not share their queries'.
-        all_met=query_keep.shape[1] == 1 or key_keep.shape[1] > 1,
-        density=0.25,
     )
+    # Heads that share their keys' mask need not share their queries', and a segment may end in dropped queries.
+    all_met = isinstance(line, Positions) and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
+    return dataclasses.replace(index, all_met=all_met, density=0.25)
 
 
 def range_index(
-    key_start: jax.Array, key_stop: jax.Array, key_length: int, *, query_length: int | None = None
+    key_start: jax.Array,
+    key_stop: jax.Array,
+    key_length: int,
+    *,
+    query_segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    query_length: int | None = None,
+    implementation: Implementation = None,
 ) -> SparseIndex:
     """Query `t` attends to the keys `key_start[t] .. key_stop[t] - 1`, whatever their position.
 
@@ -233,13 +281,16 @@ def range_index(
         key_start: int32 `[B, T, N]` or `[T, N]`; any axis may be 1. Clipped to `[0, key_length]`.
         key_stop: int32, likewise. A range that ends before it starts is empty.
         key_length: Number of keys `S`.
+        query_segment_ids: As `causal_index` takes it.
+        key_segment_ids: As `causal_index` takes it.
         query_length: Number of queries, where the axis of both is 1.
+        implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels search on a GPU.
 
     Returns:
         The index, with queries in order of where their range starts and empty ranges last.
 
     Raises:
-        TypeError: The ranges are not int32.
+        TypeError: The ranges or segment ids are not int32.
         ValueError: Shapes do not fit each other.
     """
     start = _per_head("key_start", key_start, jnp.int32, query_length)
@@ -251,12 +302,18 @@ def range_index(
             f"key_start {key_start.shape} and key_stop {key_stop.shape} must have equal axes or axes of 1."
         ) from None
     start, stop = (jnp.broadcast_to(jnp.clip(x, 0, key_length), shape) for x in (start, stop))
+    start, stop, key_order, num_keys = segments.line_up_ranges(
+        start, stop, query_segment_ids, key_segment_ids, key_length, implementation
+    )
+    key_code = iota(key_length)[None, None]
+    if num_keys is not None:
+        key_code = jnp.where(key_code < num_keys, key_code, NEVER)
     empty = start >= stop
-    ranges = (jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1), _iota_like(start))
+    ranges = (jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1), iota_like(start))
     low, high, order = remat.named_index(jax.lax.sort(ranges, num_keys=1))
     return SparseIndex(
-        key_order=None,
-        key_code=_iota(key_length)[None, None],
+        key_order=key_order,
+        key_code=key_code,
         query_order=order,
         low=low,
         high=high,
@@ -264,143 +321,74 @@ def range_index(
     )
 
 
-def _packed_hash_index(
-    query_id: jax.Array, key_id: jax.Array | None, sort, offset: jax.Array, exclude_self: bool
-) -> SparseIndex:
-    """Sorts (bucket, position) packed into one int32, which is the code as well."""
+def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: jax.Array | None, sort) -> SparseIndex:
+    """Sorts (bucket, place) packed into one int32, which is the code as well."""
     query_length = query_id.shape[-1]
     if key_id is None:
         sorted_query = sorted_key = sort(query_id)
     else:
-        sorted_query, sorted_key = _both(sort, query_id, key_id)
+        sorted_query, sorted_key = sorting.both(sort, query_id, key_id)
     key_length = sorted_key.shape[-1]
-    low = jax.lax.div(sorted_query, _length(query_length)) * key_length
-    query_order = jax.lax.rem(sorted_query, _length(query_length))
-    return SparseIndex(
-        key_order=jax.lax.rem(sorted_key, _length(key_length)),
+    bucket = jax.lax.div(sorted_query, _length(query_length)) * key_length
+    query_place = jax.lax.rem(sorted_query, _length(query_length))
+    return _index(
+        line,
+        key_place=jax.lax.rem(sorted_key, _length(key_length)),
         key_code=sorted_key,
-        query_order=query_order,
-        low=low,
-        high=low + _last_position(offset - int(exclude_self), query_order, key_length),
+        query_place=query_place,
+        low=line.first(bucket, query_place),
+        high=bucket + line.last(query_place),
     )
 
 
 def _shared_rank_hash_index(ids: jax.Array, exclude_self: bool) -> SparseIndex:
     """Both sides have the same ids at the same positions: the code is the rank of one stable sort."""
-    rank = _iota_like(ids)
-    sorted_id, order = _sorted_ids(ids)
+    rank = iota_like(ids)
+    sorted_id, order = sorting.sorted_ids(ids)
     return SparseIndex(
         key_order=order,
         key_code=rank,
         query_order=order,
-        low=_run_start(sorted_id, rank),
+        low=sorting.run_start(sorted_id, rank),
         high=rank - int(exclude_self),
     )
 
 
 def _rank_hash_index(
-    query_id: jax.Array, key_id: jax.Array, offset: jax.Array, exclude_self: bool, implementation: Implementation
+    line: Positions | Segments, query_id: jax.Array, key_id: jax.Array, implementation: Implementation
 ) -> SparseIndex:
     """Any ids on both sides: the code is the key's rank, and each query looks up where its range begins and ends."""
-    batch = max(query_id.shape[0], key_id.shape[0], offset.shape[0])
+    batch = max(query_id.shape[0], key_id.shape[0], line.last().shape[0])
     heads, key_heads = max(query_id.shape[1], key_id.shape[1]), key_id.shape[1]
     query_id = jnp.broadcast_to(query_id, (batch, heads, query_id.shape[-1]))
     key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_id.shape[-1]))
-    key_length = key_id.shape[-1]
-    (query_id, query_order), (key_id, key_order) = _both(_sorted_ids, query_id, key_id)
-    last_position = _last_position(offset - int(exclude_self), query_order, key_length)
-    low, high = _key_ranges(query_id, last_position, key_id, key_order, implementation)
+    (query_id, query_place), (key_id, key_place) = sorting.both(sorting.sorted_ids, query_id, key_id)
+    low, high = line.ranges(query_id, query_place, key_id, key_place, implementation)
+    return _index(line, key_place=key_place, key_code=iota_like(key_id), query_place=query_place, low=low, high=high)
+
+
+def _index(
+    line: Positions | Segments,
+    *,
+    key_place: jax.Array | None,
+    key_code: jax.Array,
+    query_place: jax.Array | None,
+    low: jax.Array,
+    high: jax.Array,
+) -> SparseIndex:
+    """Finds the rows of places (None: all, in line) and leaves out padding."""
+    if isinstance(line, Positions):
+        return SparseIndex(key_place, key_code, query_place, low, high)
+    is_key = (iota_like(key_code) if key_place is None else key_place) < line.num_keys
+    is_query = (iota_like(high) if query_place is None else query_place) < line.num_queries
+    last_high = jnp.max(jnp.where(is_query, high, -1), axis=-1, keepdims=True, initial=-1)
     return SparseIndex(
-        key_order=key_order,
-        key_code=_iota_like(key_id),
-        query_order=query_order,
-        low=low,
-        high=high,
+        key_order=segments.at_places(line.key_order, key_place),
+        key_code=jnp.where(is_key, key_code, NEVER),
+        query_order=segments.at_places(line.query_order, query_place),
+        low=jnp.where(is_query, low, NEVER),
+        high=jnp.where(is_query, high, last_high),
     )
-
-
-def _key_ranges(
-    query_id: jax.Array,
-    last_position: jax.Array,
-    key_id: jax.Array,
-    key_position: jax.Array,
-    implementation: Implementation,
-) -> tuple[jax.Array, jax.Array]:
-    """As `search.key_ranges`; the keys may have fewer heads."""
-    operands = (query_id, last_position, key_id, key_position)
-    if query_id.size == 0 or key_id.size == 0:
-        return jnp.zeros_like(query_id), jnp.full_like(query_id, -1)
-
-    def plain(query_id, last_position, *keys):
-        return search.key_ranges(
-            query_id, last_position, *(jnp.repeat(x, query_id.shape[1] // x.shape[1], axis=1) for x in keys)
-        )
-
-    if not _wants_kernels(implementation):
-        return remat.named_index(plain(*operands))
-    from scfa_jax.kernels import triton_search
-
-    by_kernel = functools.partial(triton_search.key_ranges, interpret=False)
-    return remat.named_index(jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain))
-
-
-def _both(sort, query_id: jax.Array, key_id: jax.Array):
-    """Sorts the ids of both sides: at once where they are alike, since a sort costs mostly its kernel launches."""
-    if query_id.shape != key_id.shape:
-        return sort(query_id), sort(key_id)
-    both, batch = sort(jnp.concatenate([query_id, key_id])), query_id.shape[0]
-    return jax.tree.map(lambda x: x[:batch], both), jax.tree.map(lambda x: x[batch:], both)
-
-
-def _sorted_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The ids `[B, N, L]` in ascending order, and the position of each, ascending among equal ids."""
-    # Positions as a second key need no stable sort, and take half the room in one where 16 bits hold them.
-    dtype = jnp.uint16 if ids.shape[-1] <= 2**16 else jnp.int32
-    position = jax.lax.broadcasted_iota(dtype, ids.shape, ids.ndim - 1)
-    sorted_ids, order = jax.lax.sort((ids, position), num_keys=2, is_stable=False)
-    return remat.named_index((sorted_ids, order.astype(jnp.int32)))
-
-
-def _wants_kernels(implementation: Implementation) -> bool:
-    """Whether small kernels may prepare the index where the code is compiled for CUDA."""
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    return _compat.has_triton() and (names is None or "triton" in names)
-
-
-def _sorted_codes(ids: jax.Array, num_buckets: int, implementation: Implementation) -> jax.Array:
-    """Sorts `[B, N, L]` rows by (bucket, position), both packed into one int32: `id * L + position`."""
-    ids = jnp.clip(ids, 0, num_buckets - 1)  # so that a broken promise stays within memory
-
-    def by_comparison(ids):
-        return jax.lax.sort(ids * ids.shape[-1] + _iota(ids.shape[-1]), is_stable=False)
-
-    if ids.size == 0 or not _wants_kernels(implementation):
-        return remat.named_index(by_comparison(ids))
-    from scfa_jax.kernels import triton_sort  # here, so that a JAX without the backend can import the rest
-
-    if num_buckets > triton_sort.MAX_BUCKETS:
-        return remat.named_index(by_comparison(ids))
-    by_counting = functools.partial(triton_sort.sorted_codes, num_buckets=num_buckets, interpret=False)
-    return remat.named_index(jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison))
-
-
-def _run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
-    """The (ascending) value where the run of equal ids began, for every element."""
-    begins = jnp.concatenate([jnp.ones_like(sorted_id[..., :1], bool), sorted_id[..., 1:] != sorted_id[..., :-1]], -1)
-    return remat.named_index(jax.lax.cummax(jnp.where(begins, value, 0), axis=value.ndim - 1))
-
-
-def _kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Array, jax.Array]:
-    """Order of rows with the kept ones first, by position, and whether each row in it is kept."""
-    length = keep.shape[-1]
-    packed = _sorted_codes(jnp.where(keep, 0, 1).astype(jnp.int32), 2, implementation)
-    kept = packed < length
-    return jnp.where(kept, packed, packed - length), kept
-
-
-def _last_position(offset: jax.Array, query: jax.Array, key_length: int) -> jax.Array:
-    """Position of the last key that each query may see, or -1: `offset + query` within the keys."""
-    return jnp.clip(offset + query, -1, key_length - 1)
 
 
 def _up_to(code: jax.Array, high: jax.Array) -> jax.Array:
@@ -416,14 +404,6 @@ def _length(length: int) -> np.int32:
     return np.int32(max(length, 1))
 
 
-def _iota(length: int) -> jax.Array:
-    return jnp.arange(length, dtype=jnp.int32)
-
-
-def _iota_like(x: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-
-
 def _per_head(name: str, x: jax.Array, dtype, length: int | None) -> jax.Array:
     """Checks `[B, L, N]` or `[L, N]` and returns `[B, N, L]` at full length."""
     x = _checks.per_token(name, x, dtype)
@@ -433,15 +413,15 @@ def _per_head(name: str, x: jax.Array, dtype, length: int | None) -> jax.Array:
     return jnp.broadcast_to(x, (x.shape[0], length, x.shape[2])).swapaxes(1, 2)
 
 
-def _check_sides(on_query: jax.Array, on_key: jax.Array, query_name: str, key_name: str) -> None:
-    batches = {on_query.shape[0], on_key.shape[0]} - {1}
-    if len(batches) > 1:
-        raise ValueError(
-            f"{query_name} and {key_name} must have the same batch size or 1, "
-            f"got {on_query.shape[0]} and {on_key.shape[0]}."
-        )
+def _check_sides(line: Positions | Segments, **sides: jax.Array) -> None:
+    """Checks what each query and each key has, `[B, N, T]` and `[B, K, S]`, against each other."""
+    (_, on_query), (key_name, on_key) = sides.items()
+    _checks.batches(**sides)
+    if isinstance(line, Segments):
+        _checks.batches(**sides, query_segment_ids=line.query_order, key_segment_ids=line.key_order)
     heads, key_heads = on_query.shape[1], on_key.shape[1]
     if heads != 1 and (key_heads == 0 or heads % key_heads):
         raise ValueError(
-            f"{key_name} must have a number of heads that divides that of {query_name}, got {key_heads} and {heads}."
+            f"{key_name} must have a number of heads that divides that of {next(iter(sides))}, "
+            f"got {key_heads} and {heads}."
         )

@@ -152,6 +152,7 @@ class CausalSelfAttention(nnx.Module):
         rotations: jax.Array | None = None,
         query_keep: jax.Array | None = None,
         key_keep: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Attends.
 
@@ -163,6 +164,8 @@ class CausalSelfAttention(nnx.Module):
             rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
             query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
             key_keep: bool `[B, T, K]`, together with `query_keep`.
+            segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
+                below 0 (padding). Positions for `rotary` are not counted anew in each segment.
 
         Returns:
             `[B, T, E]`.
@@ -185,6 +188,7 @@ class CausalSelfAttention(nnx.Module):
             normalize_key=self.layout.normalize_key,
             rotary=self.rotary,
             positions=positions,
+            segment_ids=segment_ids,
             implementation=self.implementation,
             **draw,
         )

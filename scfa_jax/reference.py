@@ -2,17 +2,25 @@
 
 Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`.
 They can be differentiated in both modes and any number of times, so this is also where to go for forward mode
-or second derivatives.
+or second derivatives. Arguments are those of the operators in `scfa_jax`, without `implementation` and `block_sizes`.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    output_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense attention over the pairs that `mask` allows.
 
@@ -25,9 +33,10 @@ def attention(
         value: float `[B, S, K, H]`.
         mask: bool `[B or 1, N or 1, T, S]`, True where the query may attend to the key.
         scale: Factor of the scores; `H ** -0.5` if None.
+        output_dtype: dtype of the output; that of `query` if None.
 
     Returns:
-        The output `[B, T, N, H]` in the dtype of `query`, and the log-sum-exp of the scores, at least float32,
+        The output `[B, T, N, H]`, and the log-sum-exp of the scores, at least float32,
         `[B, T, N]`. A query without keys has output 0 and log-sum-exp `-inf`.
     """
     batch, query_length, num_heads, head_dim = query.shape
@@ -54,7 +63,9 @@ def attention(
     logsumexp = jax.nn.logsumexp(safe, axis=3) if key_length else jnp.zeros(has_key.shape, dtype)
     weights = jnp.where(mask, jnp.exp(safe - logsumexp[..., None]), 0)
     output = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=highest)
-    output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(query.dtype)
+    output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(
+        query.dtype if output_dtype is None else output_dtype
+    )
     return output, jnp.where(has_key, logsumexp, -jnp.inf).swapaxes(1, 2)
 
 
@@ -102,46 +113,70 @@ def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> ja
     return (start <= index) & (index < stop)
 
 
-def causal_attention(query, key, value, *, query_offset=0, scale=None, return_residual=False):
+def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Array:
+    """True where query and key have the same segment id and it is not below 0.
+
+    Args:
+        query_segment_ids: int32 `[B or 1, T]` or `[T]`.
+        key_segment_ids: int32 `[B or 1, S]` or `[S]`.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
+    on_query = jnp.atleast_2d(query_segment_ids)[:, None, :, None]
+    on_key = jnp.atleast_2d(key_segment_ids)[:, None, None, :]
+    return (on_query == on_key) & (on_query >= 0)
+
+
+def causal_attention(query, key, value, *, query_offset=0, **options):
     """Dense `scfa_jax.causal_attention`."""
     mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
 def hash_sparse_attention(
-    query,
-    key,
-    value,
-    query_hash,
-    key_hash=None,
-    *,
-    exclude_self=False,
-    num_buckets=None,
-    query_offset=0,
-    scale=None,
-    return_residual=False,
+    query, key, value, query_hash, key_hash=None, *, exclude_self=False, num_buckets=None, query_offset=0, **options
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
-    query_hash, key_hash = (
-        _as_long_as(x, y) for x, y in ((query_hash, query), (query_hash if key_hash is None else key_hash, key))
-    )
-    mask = hash_mask(query_hash, key_hash, exclude_self=exclude_self, query_offset=query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    key_hash = query_hash if key_hash is None else key_hash
+    rounds = zip(query_hash, key_hash, strict=True) if query_hash.ndim == 4 else [(query_hash, key_hash)]
+    masks = [
+        hash_mask(
+            _as_long_as(on_query, query),
+            _as_long_as(on_key, key),
+            exclude_self=exclude_self,
+            query_offset=query_offset,
+        )
+        for on_query, on_key in rounds
+    ]
+    return _finish(query, key, value, functools.reduce(jnp.logical_or, masks), **options)
 
 
-def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, scale=None, return_residual=False):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, **options):
     """Dense `scfa_jax.qk_sparse_attention`."""
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
     mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
 
 
-def range_attention(query, key, value, key_start, key_stop, *, scale=None, return_residual=False):
+def range_attention(query, key, value, key_start, key_stop, **options):
     """Dense `scfa_jax.range_attention`."""
     key_start, key_stop = _as_long_as(key_start, query), _as_long_as(key_stop, query)
     mask = range_mask(key_start, key_stop, key.shape[-3])
-    return _finish(query, key, value, mask, scale, return_residual)
+    return _finish(query, key, value, mask, **options)
+
+
+def merge_attention(outputs, logsumexps, *, output_dtype=None):
+    """Dense `scfa_jax.merge_attention`: a softmax over the parts."""
+    dtype = jnp.result_type(*outputs) if output_dtype is None else output_dtype
+    outputs, logsumexps = (jnp.stack([x.astype(jnp.float32) for x in xs]) for xs in (outputs, logsumexps))
+    has_key = logsumexps > -jnp.inf
+    is_empty = ~has_key.any(axis=0)
+    total = jax.nn.logsumexp(jnp.where(is_empty, 0, logsumexps), axis=0)
+    weights = jnp.where(has_key, jnp.exp(jnp.where(has_key, logsumexps, 0) - total), 0)
+    output = jnp.sum(weights[..., None] * jnp.where(has_key[..., None], outputs, 0), axis=0)
+    return output.astype(dtype), jnp.where(is_empty, -jnp.inf, total)
 
 
 def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
@@ -164,10 +199,25 @@ def _as_long_as(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x, (x.shape[0], rows.shape[-3], x.shape[2]))
 
 
-def _finish(query, key, value, mask, scale, return_residual):
+def _finish(
+    query,
+    key,
+    value,
+    mask,
+    *,
+    query_segment_ids=None,
+    key_segment_ids=None,
+    scale=None,
+    output_dtype=None,
+    return_residual=False,
+):
+    """What the operators share; their further options end here."""
+    if query_segment_ids is not None:
+        key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+        mask = mask & segment_mask(query_segment_ids, key_segment_ids)
     if query.ndim == 3:
-        output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale)
+        output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale, output_dtype=output_dtype)
         output, logsumexp = output[0], logsumexp[0]
     else:
-        output, logsumexp = attention(query, key, value, mask, scale=scale)
+        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype)
     return (output, logsumexp) if return_residual else output

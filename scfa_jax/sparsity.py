@@ -228,6 +228,7 @@ def attend(
     rotations: jax.Array | None = None,
     query_keep: jax.Array | None = None,
     key_keep: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Causal self-attention under a kind of sparsity.
@@ -243,6 +244,8 @@ def attend(
         rotations: float `[K, H, num_buckets // 2]`, for `Hash` and needed there.
         query_keep: bool `[B, T, N]`, for `Drop`; everything is kept if None.
         key_keep: bool `[B, S, K]`, given if and only if `query_keep` is.
+        segment_ids: int32 `[1 or B, T]`: attention stays among equal ids, and rows with an id below 0 (padding) take
+            no part; None for one segment.
         implementation: As in `scfa_jax.causal_attention`.
 
     Returns:
@@ -270,6 +273,7 @@ def attend(
             hashed_query, hashed_key = query, raw_key
     key = (normalize(raw_key) if normalize_key else raw_key).astype(query.dtype)
 
+    options: dict[str, Any] = {"query_segment_ids": segment_ids, "implementation": implementation}
     output: Any  # the operators also return pairs, with return_residual
     if isinstance(sparsity, Hash):
         expected = (value.shape[2], query.shape[3], sparsity.num_buckets // 2)
@@ -285,12 +289,12 @@ def attend(
             None if one_hash else lsh_hash(hashed_key, rotations),
             exclude_self=sparsity.exclude_self,
             num_buckets=sparsity.num_buckets,
-            implementation=implementation,
+            **options,
         )
     elif query_keep is not None and key_keep is not None:
-        output = qk_sparse_attention(query, key, value, query_keep, key_keep, implementation=implementation)
+        output = qk_sparse_attention(query, key, value, query_keep, key_keep, **options)
     elif query_keep is None and key_keep is None:
-        output = causal_attention(query, key, value, implementation=implementation)
+        output = causal_attention(query, key, value, **options)
     else:
         missing = "query_keep" if query_keep is None else "key_keep"
         raise ValueError(f"query_keep and key_keep must be given together, got {missing}=None.")

@@ -1,6 +1,6 @@
 """Attention problems of every pattern, drawn at random: their inputs, their dense mask, how to call them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import checked
@@ -242,3 +242,32 @@ def drawn_cases(draw, pattern: str):
     if pattern == "range":
         options["longest"] = draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
     return make_case(pattern, rng, shape, signature.dtype, **options)
+
+
+SEGMENT_KINDS = ("one", "runs", "padded", "scattered", "huge", "padding")
+
+
+def segment_ids(rng: np.random.Generator, size: tuple[int, int], kind: str):
+    """Segment ids `[B, L]` of the kind that is named; a batch of 1 is shared by all."""
+    if kind == "one":
+        return np.full(size, 3, np.int32)
+    if kind == "padding":
+        return np.full(size, -1, np.int32)
+    if kind == "huge":
+        return rng.choice(np.array([-(2**31), -1, 0, 2**31 - 1, 2**31 - 2], np.int32), size)
+    if kind == "scattered":
+        return rng.integers(-1, 3, size, dtype=np.int32)
+    runs = np.cumsum(rng.random(size) < 0.1, axis=1, dtype=np.int32)
+    if kind == "padded":
+        runs = np.where(np.arange(size[1]) < 0.7 * size[1], runs, -7).astype(np.int32)
+    return runs
+
+
+def in_segments(case: Case, rng: np.random.Generator, kind: str, *, shared: bool = False, batch: int = 0) -> Case:
+    """The case within random segments; both sides have the same if `shared`, all batch elements if `batch` is 1."""
+    batch = batch or case.query.shape[0]
+    query_ids = jnp.asarray(segment_ids(rng, (batch, case.query.shape[1]), kind))
+    key_ids = query_ids if shared else jnp.asarray(segment_ids(rng, (batch, case.key.shape[1]), kind))
+    ids = {"query_segment_ids": query_ids} | ({} if shared else {"key_segment_ids": key_ids})
+    mask = case.mask & reference.segment_mask(query_ids, key_ids)
+    return replace(case, mask=mask, options={**case.options, **ids})

@@ -12,16 +12,16 @@ Offset = int | Int32[Array, ""] | Int32[Array, " C"]
 checked = jaxtyped(typechecker=beartype)
 
 
-def _same_dtype(query, result):
+def _of_right_dtype(query, options, result):
     output = result[0] if isinstance(result, tuple) else result
-    assert output.dtype == query.dtype
+    assert output.dtype == options.get("output_dtype", query.dtype)
     return result
 
 
 @checked
 def causal_attention(query: Query, key: Key, value: Key, *, query_offset: Offset = 0, **options) -> Result:
     result = scfa_jax.causal_attention(query, key, value, query_offset=query_offset, **options)
-    return _same_dtype(query, result)
+    return _of_right_dtype(query, options, result)
 
 
 @checked
@@ -38,7 +38,7 @@ def hash_sparse_attention(
     result = scfa_jax.hash_sparse_attention(
         query, key, value, query_hash, key_hash, query_offset=query_offset, **options
     )
-    return _same_dtype(query, result)
+    return _of_right_dtype(query, options, result)
 
 
 @checked
@@ -53,7 +53,7 @@ def qk_sparse_attention(
     **options,
 ) -> Result:
     result = scfa_jax.qk_sparse_attention(query, key, value, query_keep, key_keep, query_offset=query_offset, **options)
-    return _same_dtype(query, result)
+    return _of_right_dtype(query, options, result)
 
 
 @checked
@@ -65,7 +65,7 @@ def range_attention(
     key_stop: Int32[Array, "*#B #T #N"],
     **options,
 ) -> Result:
-    return _same_dtype(query, scfa_jax.range_attention(query, key, value, key_start, key_stop, **options))
+    return _of_right_dtype(query, options, scfa_jax.range_attention(query, key, value, key_start, key_stop, **options))
 
 
 @checked

@@ -279,29 +279,6 @@ def test_chunked_prefill_equals_one_pass(implementation):
     np.testing.assert_allclose(jnp.concatenate(chunks, 1), whole, atol=2e-5)
 
 
-def test_merging_disjoint_key_sets_through_the_residual(implementation):
-    """What the differentiable log-sum-exp is for: two halves of the keys merge to all of them."""
-    case = make_case("range", np.random.default_rng(17), Shape(1, 40, 60, 2, 2, 16), jnp.float32, longest=1.0)
-    start, stop = case.pattern
-    middle = (start + jnp.maximum(start, stop)) // 2
-
-    def merged(query, key, value):
-        parts = [
-            checked.range_attention(query, key, value, *ends, return_residual=True, **options(implementation))
-            for ends in ((start, middle), (middle, stop))
-        ]
-        weights = jax.nn.softmax(jnp.maximum(jnp.stack([lse for _, lse in parts]), -1e30), axis=0)
-        return sum(w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True))
-
-    loss = lambda attend: lambda *qkv: jnp.sum(jnp.sin(attend(*qkv)))
-    dense = lambda *qkv: reference.range_attention(*qkv, start, stop)
-    arguments = (case.query, case.key, case.value)
-    np.testing.assert_allclose(merged(*arguments), dense(*arguments), atol=2e-5)
-    got, want = (jax.grad(loss(f), (0, 1, 2))(*arguments) for f in (merged, dense))
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, atol=5e-5)
-
-
 def test_one_index_serves_many_calls(implementation):
     case = make_case("hash", np.random.default_rng(18), Shape(), jnp.float32)
     index = scfa_jax.hash_index(*case.pattern, exclude_self=True)

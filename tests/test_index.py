@@ -19,7 +19,7 @@ def build(pattern: str, case: Case) -> SparseIndex:
     if pattern == "causal":
         return scfa_jax.causal_index(query_length, key_length, **case.options)
     if pattern == "range":
-        return scfa_jax.range_index(*case.pattern, key_length)
+        return scfa_jax.range_index(*case.pattern, key_length, **case.options)
     builder = scfa_jax.keep_index if pattern == "keep" else scfa_jax.hash_index
     return builder(*case.pattern, **case.options)
 

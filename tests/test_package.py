@@ -22,11 +22,13 @@ PUBLIC = {
     "hash_sparse_attention",
     "keep_index",
     "lsh_hash",
+    "merge_attention",
     "qk_sparse_attention",
     "random_rotations",
     "range_attention",
     "range_index",
     "reference",
+    "remat",
     "sparse_attention",
 }
 

@@ -23,6 +23,7 @@ def forward(
     *,
     scale: float,
     block: Tile,
+    output_dtype: jnp.dtype,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the keys of `index`.
@@ -34,6 +35,7 @@ def forward(
         index: The pattern.
         scale: Factor of the scores.
         block: Tile sizes.
+        output_dtype: dtype of the output.
         interpret: Whether to run in Pallas's interpreter.
 
     Returns:
@@ -59,7 +61,7 @@ def forward(
             padded_head_spec(value.shape, 2),
         ],
         out_specs=[rows, batch_spec(logsumexp.shape, batch, 2)],
-        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), logsumexp],
+        out_shape=[jax.ShapeDtypeStruct(query.shape, output_dtype), logsumexp],
         name="scfa_forward",
     )(*operands, query, key, value)
 

@@ -18,7 +18,14 @@ from scfa_jax.tiling import Tile
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, index: SparseIndex, *, scale: float, block: Tile
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    index: SparseIndex,
+    *,
+    scale: float,
+    block: Tile,
+    output_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the keys of `index`.
 
@@ -29,6 +36,7 @@ def forward(
         index: The pattern.
         scale: Factor of the scores.
         block: Tile sizes.
+        output_dtype: dtype of the output.
 
     Returns:
         The output `[B, T, N, H]` and the natural log-sum-exp, float32 `[B, N, T]`.
@@ -55,7 +63,7 @@ def forward(
             return tile.finish(softmax, scale2)
 
         output, logsumexp = jax.lax.map(one_tile, (queries, head.low, head.high, head.bounds))
-        return head.original_queries(output).astype(query.dtype), head.original_queries(logsumexp)
+        return head.original_queries(output).astype(output_dtype), head.original_queries(logsumexp)
 
     output, logsumexp = _over(batch, num_heads, one_head)
     return output.swapaxes(1, 2), logsumexp

@@ -1,0 +1,246 @@
+"""Segments (packed documents) and padding: rows line up so that every pattern stays one range of codes.
+
+Codes are made of where rows stand in line, their *places*. Without segments that is their position. With segment
+ids, rows line up by (segment, position) and padding comes last. A segment is then a run of places, and what a query
+sees of it under any pattern, up to its own position or between two others, is one range of places: exact for any
+ids, ascending and contiguous or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scfa_jax import _checks, sorting
+from scfa_jax.sorting import Implementation, iota, iota_like
+
+Base = TypeVar("Base", jax.Array, int)
+_SIGN_BIT = np.int32(-(2**31))
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A line without segments: every row's place is its position.
+
+    Attributes:
+        last_of_first: int32 `[B or 1, 1, 1]`, position of the last key that the first query may see.
+        query_length: `T`.
+        key_length: `S`.
+    """
+
+    last_of_first: jax.Array
+    query_length: int
+    key_length: int
+
+    def queries(self, x: jax.Array, padding) -> jax.Array:
+        """Lines up `[B, N, T]`."""
+        return x
+
+    def keys(self, x: jax.Array, padding) -> jax.Array:
+        """Lines up `[B, K, S]`."""
+        return x
+
+    def first(self, base: Base, place: jax.Array | None = None) -> Base:
+        """The place of the first key that queries may see, plus `base`; of all queries, or of those at `place`."""
+        return base
+
+    def last(self, place: jax.Array | None = None) -> jax.Array:
+        """The place of the last key that queries may see; just before the first if there is none."""
+        place = iota(self.query_length) if place is None else place
+        return jnp.clip(self.last_of_first + place, -1, self.key_length - 1)
+
+    def ranges(
+        self, query_id: jax.Array, place: jax.Array, key_id: jax.Array, key_place: jax.Array, how: Implementation
+    ) -> tuple[jax.Array, jax.Array]:
+        """Ranks, among keys sorted by (id, place), of the first and last key with a query's id that it may see."""
+        return sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A line by (segment, position), padding last; the methods are those of `Positions`.
+
+    Attributes:
+        query_order: int32 `[B, 1, T]`, the row at each place.
+        key_order: int32 `[B, 1, S]`, likewise.
+        num_queries: int32 `[B, 1, 1]`, how many are no padding.
+        num_keys: int32 `[B, 1, 1]`, likewise.
+        first_key: int32 `[B, 1, T]`, for the query at each place, the place of the first key of its segment.
+        last_key: int32 `[B, 1, T]`, the place of the last one that it may see; at least `first_key - 1`.
+    """
+
+    query_order: jax.Array
+    key_order: jax.Array
+    num_queries: jax.Array
+    num_keys: jax.Array
+    first_key: jax.Array
+    last_key: jax.Array
+
+    def queries(self, x: jax.Array, padding) -> jax.Array:
+        """Lines up `[B, N, T]`, with `padding` in the rows that take no part."""
+        return _lined_up(x, self.query_order, self.num_queries, padding)
+
+    def keys(self, x: jax.Array, padding) -> jax.Array:
+        """Lines up `[B, K, S]`, with `padding` in the rows that take no part."""
+        return _lined_up(x, self.key_order, self.num_keys, padding)
+
+    def first(self, base: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
+        return base + at_places(self.first_key, place)
+
+    def last(self, place: jax.Array | None = None) -> jax.Array:
+        return at_places(self.last_key, place)
+
+    def ranges(
+        self, query_id: jax.Array, place: jax.Array, key_id: jax.Array, key_place: jax.Array, how: Implementation
+    ) -> tuple[jax.Array, jax.Array]:
+        _, before = sorting.key_ranges(query_id, self.first(-1, place), key_id, key_place, how)
+        _, high = sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
+        return before + 1, high
+
+
+def line_up(
+    query_segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    query_length: int,
+    key_length: int,
+    query_offset: jax.Array | int,
+    implementation: Implementation,
+    *,
+    exclude_self: bool = False,
+) -> Positions | Segments:
+    """Lines up the rows of both sides for a causal pattern.
+
+    Args:
+        query_segment_ids: int32 `[B, T]` or `[T]`, below 0 for padding; None for no segments.
+        key_segment_ids: int32 `[B, S]` or `[S]`; None means those of the queries.
+        query_length: `T`.
+        key_length: `S`.
+        query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
+        implementation: As `sparse_attention` takes it.
+        exclude_self: Whether a query may not see the key at its own position.
+
+    Returns:
+        The line.
+
+    Raises:
+        TypeError: The ids are not int32.
+        ValueError: Shapes do not fit each other.
+    """
+    last_of_first = _checks.query_offset(query_offset)
+    if exclude_self:
+        last_of_first = last_of_first - 1
+    _check_both_given(query_segment_ids, key_segment_ids, query_length, key_length)
+    if query_segment_ids is None:
+        return Positions(last_of_first, query_length, key_length)
+    queries, keys = _sides(query_segment_ids, key_segment_ids, query_length, key_length)
+    _checks.batches(query_segment_ids=queries.order, key_segment_ids=keys.order, query_offset=last_of_first)
+    if keys is queries and _checks.starts_at_zero(query_offset):
+        place = iota_like(queries.order)
+        first, last = sorting.run_start(queries.segment, place), place - int(exclude_self)
+    else:
+        batch = max(x.shape[0] for x in (queries.order, keys.order, last_of_first))
+        query_segment = jnp.broadcast_to(queries.segment, (batch, 1, query_length))
+        last_position = jnp.clip(last_of_first + queries.order, -1, key_length - 1)
+        last_position = jnp.broadcast_to(last_position, query_segment.shape)
+        first, last = sorting.key_ranges(query_segment, last_position, keys.segment, keys.order, implementation)
+    return Segments(queries.order, keys.order, queries.count, keys.count, first, last)
+
+
+def line_up_ranges(
+    start: jax.Array,
+    stop: jax.Array,
+    query_segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    key_length: int,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Turns ranges of positions into ranges of places, cut to the keys of each query's segment.
+
+    Args:
+        start: int32 `[B, N, T]`, the first position, in `[0, key_length]`.
+        stop: int32 `[B, N, T]`, one past the last, likewise.
+        query_segment_ids: As `line_up` takes it.
+        key_segment_ids: As `line_up` takes it.
+        key_length: `S`.
+        implementation: As `sparse_attention` takes it.
+
+    Returns:
+        The first place and one past the last, int32 `[B, N, T]`; the row at each place, int32 `[B, 1, S]`; and how
+        many of them are no padding, int32 `[B, 1, 1]`. The last two are None without segments.
+    """
+    query_length = start.shape[-1]
+    _check_both_given(query_segment_ids, key_segment_ids, query_length, key_length)
+    if query_segment_ids is None:
+        return start, stop, None, None
+    query_segment = _segments("query_segment_ids", query_segment_ids, query_length)
+    keys = _side("key_segment_ids", query_segment_ids if key_segment_ids is None else key_segment_ids, key_length)
+    _checks.batches(query_segment_ids=query_segment, key_segment_ids=keys.order, key_start=start)
+    batch = max(x.shape[0] for x in (query_segment, keys.order, start))
+    query_segment, start, stop = (jnp.broadcast_to(x, (batch, *start.shape[1:])) for x in (query_segment, start, stop))
+
+    def count_before(position):
+        _, last = sorting.key_ranges(query_segment, position - 1, keys.segment, keys.order, implementation)
+        return jnp.minimum(last + 1, keys.count)  # also leaves padding nothing to see
+
+    return count_before(start), count_before(stop), keys.order, keys.count
+
+
+def _check_both_given(
+    query_segment_ids: jax.Array | None, key_segment_ids: jax.Array | None, query_length: int, key_length: int
+) -> None:
+    if query_segment_ids is None and key_segment_ids is not None:
+        raise ValueError(f"query_segment_ids must be given with key_segment_ids {key_segment_ids.shape}, got None.")
+    if query_segment_ids is not None and key_segment_ids is None and query_length != key_length:
+        raise ValueError(
+            f"key_segment_ids may be None only where there are as many keys as queries, "
+            f"got {key_length} and {query_length}."
+        )
+
+
+def at_places(x: jax.Array, place: jax.Array | None) -> jax.Array:
+    """The entries of `[B, 1, L]` at places `[B, N, M]`, or all of them."""
+    return x if place is None else jnp.take_along_axis(x, place, axis=-1, mode="clip")
+
+
+def _lined_up(x: jax.Array, order: jax.Array, count: jax.Array, padding) -> jax.Array:
+    x = jnp.take_along_axis(x, order, axis=-1, mode="clip")
+    return jnp.where(iota_like(order) < count, x, jnp.asarray(padding, x.dtype))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side in order of (segment, position).
+
+    Attributes:
+        order: int32 `[B, 1, L]`, the row at each place.
+        segment: int32 `[B, 1, L]`, the segment there, so flipped that padding is largest.
+        count: int32 `[B, 1, 1]`, how many rows are no padding.
+    """
+
+    order: jax.Array
+    segment: jax.Array
+    count: jax.Array
+
+
+def _sides(
+    query_segment_ids: jax.Array, key_segment_ids: jax.Array | None, query_length: int, key_length: int
+) -> tuple[_Side, _Side]:
+    """Sorts both sides, or one of them for both."""
+    queries = _side("query_segment_ids", query_segment_ids, query_length)
+    if key_segment_ids is None:
+        return queries, queries
+    return queries, _side("key_segment_ids", key_segment_ids, key_length)
+
+
+def _side(name: str, segment_ids: jax.Array, length: int) -> _Side:
+    segment, order = sorting.sorted_ids(_segments(name, segment_ids, length))
+    return _Side(order, segment, jnp.sum(segment < 0, axis=-1, keepdims=True, dtype=jnp.int32))
+
+
+def _segments(name: str, segment_ids: jax.Array, length: int) -> jax.Array:
+    """Checked ids as `[B, 1, L]` with their sign bit flipped: padding comes after all segments."""
+    return jnp.bitwise_xor(_checks.segment_ids(name, segment_ids, length), _SIGN_BIT)[:, None]

@@ -53,6 +53,9 @@ def reformer_attention(
     mask to a token's own bucket is the paper's, and was the default of its authors' code
     (`attend_across_buckets=False`); later code, theirs and others', lets a token see its two chunks whole.
 
+    No gradient and no value comes from a later token, but later tokens share the chunks: where these miss part of a
+    bucket, which part it is depends on them too. So it is in the Reformer; exact hash attention has no such leak.
+
     The backward pass computes the scores again. Memory grows with `R * T * H`, and with `chunk_size ** 2` for the
     chunks that are computed at once.
 

@@ -32,8 +32,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, draw: Draw, segment_ids: jax.Array | None = None) -> jax.Array:
         """Maps `[B, T, width]` to the same; `draw` is this layer's of `Transformer.draw`."""
-        segments = {} if segment_ids is None else {"segment_ids": segment_ids}
-        x = x + self.attention(self.norm1(x), deterministic=True, **segments, **draw)
+        x = x + self.attention(self.norm1(x), deterministic=True, segment_ids=segment_ids, **draw)
         return x + self.shrink(nnx.gelu(self.expand(self.norm2(x))))
 
 

@@ -55,6 +55,7 @@ def test_the_order_of_earlier_tokens_counts(positions, tokens):
 @pytest.mark.parametrize("key", [None, 5], ids=["evaluation", "training"])
 @pytest.mark.parametrize("kind", HERE)
 def test_no_position_sees_a_later_one(kind, key, tokens):
+    """The Reformer is so wherever its chunks miss nothing, as here: see its own tests."""
     key = None if key is None else jax.random.key(key)
     model = make(attention=kind, layers=2, num_rounds=2)
     changed = tokens.at[:, 15:].set((tokens[:, 15:] + 1) % VOCAB)

@@ -169,6 +169,16 @@ def test_no_later_token_reaches_an_earlier_one():
         assert (gradient[:, :15] != 0).any()
 
 
+@pytest.mark.parametrize(("chunk_size", "leaks"), [(4, True), (40, False)])
+def test_where_chunks_miss_something_later_tokens_decide_what(chunk_size, leaks):
+    """A property of the Reformer: buckets of later tokens move the borders of the chunks."""
+    query, value, buckets, _ = inputs(40)
+    options = {"num_buckets": BUCKETS, "chunk_size": chunk_size}
+    before = attend(query, value, buckets, **options)
+    after = attend(query, value, buckets.at[:, :, 20:].set(0), **options)
+    assert np.allclose(before[:, :20], after[:, :20], atol=1e-5) == (not leaks)
+
+
 def test_memory_grows_with_the_length_and_rows_are_gathered_never_scattered():
     length, size = 512, 16
     query, value, buckets, _ = inputs(length, rounds=2, batch=1, heads=1)

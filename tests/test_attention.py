@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, SMALL_BLOCKS, Case, Shape, drawn_cases, make_case
-from conftest import HAS_GPU
+from conftest import HAS_GPU, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_plain, cotangents, results_and_gradients
@@ -35,7 +35,7 @@ def check(case: Case, implementation, **more):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, data):
     check(data.draw(drawn_cases(pattern)), implementation)

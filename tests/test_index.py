@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, Case, Shape, drawn_cases, make_case
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +49,7 @@ def as_mask(index: SparseIndex) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_an_index_allows_exactly_the_pattern(pattern, data):
     case = data.draw(drawn_cases(pattern))
@@ -124,7 +125,7 @@ def test_the_kernel_finds_the_ranges_that_plain_search_finds(heads):
 
 
 @pytest.mark.parametrize("pattern", ["hash", "shared_hash", "range"])
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(data=st.data())
 def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data):
     case = data.draw(drawn_cases(pattern))

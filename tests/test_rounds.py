@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import SMALL_BLOCKS, Shape, arrays, bucket_ids
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_plain, results_and_gradients
@@ -46,7 +47,7 @@ def check(case, implementation, **options):
 
 
 @pytest.mark.parametrize(("num_rounds", "promise"), [(2, None), (3, 8)])
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(kind=st.sampled_from(("one", "2", "4", "8")), seed=st.integers(0, 2**32 - 1))
 def test_the_union_is_as_exact_as_plain_attention(implementation, num_rounds, promise, kind, seed):
     case = drawn(np.random.default_rng(seed), num_rounds, SHAPES["grouped"], jnp.float32, kind, exclude_self=True)

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Case, Shape, drawn_cases, in_segments, make_case
+from conftest import examples
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def index_of(pattern, case):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_an_index_allows_exactly_the_pattern_within_segments(pattern, data):
     case = data.draw(drawn_cases(pattern))
@@ -77,7 +78,7 @@ def test_an_index_allows_exactly_the_pattern_within_segments(pattern, data):
 
 
 @pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(kind=st.sampled_from(SEGMENT_KINDS), seed=st.integers(0, 2**32 - 1))
 def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, kind, seed):
     rng = np.random.default_rng(seed)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ def sorted_codes(ids, num_buckets):
     return triton_sort.sorted_codes(ids, num_buckets, interpret=True)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     length=st.sampled_from([1, 127, 700, 1024, 2100]),
     num_buckets=st.sampled_from([1, 2, 5, 16, 40, 256]),

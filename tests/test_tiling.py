@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, Shape, drawn_cases, make_case
-from conftest import HAS_GPU
+from conftest import HAS_GPU, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import build
@@ -45,7 +45,7 @@ def test_the_kernel_finds_the_same_bounds(pattern, data):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(data=st.data())
 def test_bounds_are_exact(pattern, data):
     case = data.draw(drawn_cases(pattern))

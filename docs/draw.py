@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,28 +53,51 @@ class Picture:
     one_query: int = LENGTH - 30
 
 
+@dataclass(frozen=True)
+class Data:
+    """What the patterns are made of: buckets, masks and ranges `[T, 1]`, and documents `[T]`."""
+
+    buckets: jax.Array
+    query_keep: jax.Array
+    key_keep: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    documents: jax.Array
+
+    @classmethod
+    def made(cls) -> Data:
+        """Draws the same data each time."""
+        rng = np.random.default_rng(0)
+        buckets = rng.choice(4, (LENGTH, 1), p=(0.4, 0.3, 0.2, 0.1)).astype(np.int32)
+        query_keep, key_keep = rng.random((2, LENGTH, 1)) < 0.5
+        start = rng.integers(0, LENGTH - 70, (LENGTH, 1), dtype=np.int32)
+        stop = start + rng.integers(35, 70, (LENGTH, 1), dtype=np.int32)
+        documents = np.repeat(np.array([0, 1, 0, 2, 1, 2, -1], np.int32), (40, 18, 30, 34, 12, 28, 30))
+        return cls(*map(jnp.asarray, (buckets, query_keep, key_keep, start, stop, documents)))
+
+
 def patterns() -> dict[str, Picture]:
     """Returns the patterns that are drawn, by the name of their picture."""
-    rng = np.random.default_rng(0)
-    buckets = rng.choice(4, (LENGTH, 1), p=(0.4, 0.3, 0.2, 0.1)).astype(np.int32)
-    query_keep, key_keep = rng.random((2, LENGTH, 1)) < 0.5
-    start = rng.integers(0, LENGTH - 70, (LENGTH, 1), dtype=np.int32)
-    stop = start + rng.integers(35, 70, (LENGTH, 1), dtype=np.int32)
-    documents = np.repeat(np.array([0, 1, 0, 2, 1, 2, -1], np.int32), (40, 18, 30, 34, 12, 28, 30))
+    data = Data.made()
+    causal_index, hash_index = scfa_jax.causal_index, scfa_jax.hash_index
     return {
-        "causal": Picture("Dense causal attention", scfa_jax.causal_index(LENGTH, LENGTH)),
-        "hash": Picture("Hash buckets: 4, of unequal size", scfa_jax.hash_index(buckets, num_buckets=4)),
-        "keep": Picture("Half of queries and keys kept", scfa_jax.keep_index(query_keep, key_keep), _last(query_keep)),
-        "ranges": Picture("Ranges of keys that the caller names", scfa_jax.range_index(start, stop, LENGTH)),
+        "causal": Picture("Dense causal attention", causal_index(LENGTH, LENGTH)),
+        "hash": Picture("Hash buckets: 4, of unequal size", hash_index(data.buckets, num_buckets=4)),
+        "keep": Picture(
+            "Half of queries and keys kept",
+            scfa_jax.keep_index(data.query_keep, data.key_keep),
+            one_query=int(np.flatnonzero(data.query_keep)[-1]),
+        ),
+        "ranges": Picture("Ranges of keys that the caller names", scfa_jax.range_index(data.start, data.stop, LENGTH)),
         "documents": Picture(
             "Three documents in pieces, and padding",
-            scfa_jax.causal_index(LENGTH, LENGTH, query_segment_ids=documents),
-            155,
+            causal_index(LENGTH, LENGTH, query_segment_ids=data.documents),
+            one_query=155,
         ),
         "hash-in-documents": Picture(
             "Hash buckets within these documents",
-            scfa_jax.hash_index(buckets, num_buckets=4, query_segment_ids=documents),
-            155,
+            hash_index(data.buckets, num_buckets=4, query_segment_ids=data.documents),
+            one_query=155,
         ),
     }
 
@@ -170,11 +195,6 @@ def _draw_panel(axes: Axes, title: str, shade: np.ndarray) -> None:
     axes.set_yticks(np.arange(0, LENGTH, BLOCK) - 0.5, labels=[])
     axes.grid(color="white", linewidth=0.8)
     axes.tick_params(length=0)
-
-
-def _last(keep: np.ndarray) -> int:
-    """The last query that is kept."""
-    return int(np.flatnonzero(keep)[-1])
 
 
 def main(folder: Path = IMAGES, report: Callable[[str], None] = print) -> None:

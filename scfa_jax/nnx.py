@@ -245,7 +245,8 @@ class CausalSelfAttention(nnx.Module):
         kept: list[Any] = [getattr(self, name) for name in Cache._fields]
         if all(variable is None for variable in kept):
             raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
-        return Cache(*(None if variable is None else variable[...] for variable in kept))
+        arrays: list[Any] = [None if variable is None else variable[...] for variable in kept]
+        return Cache(*arrays)
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None

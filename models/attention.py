@@ -69,8 +69,15 @@ class AttentionBy(CausalSelfAttention):
         super().__init__(*arguments, **options)
         self.function = function
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, **options: Any) -> jax.Array:
-        """Maps `[B, T, E]` to the like; `segment_ids` as in `Transformer.features`."""
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, decode: bool | None = None, **options: Any
+    ) -> jax.Array:
+        """Maps `[B, T, E]` to the like; `segment_ids` and `decode` as in `Transformer.features`.
+
+        In decoding cuDNN's attention is the dense one of `CausalSelfAttention`, and no attention is what it always is.
+        """
+        if decode and self.function is cudnn_attention:
+            return super().__call__(x, segment_ids=segment_ids, decode=True)
         query, value = self.query(x), self.value(x)
         key = query if self.layout.share_query_key else self.key(x)
         if self.rotary is not None:
@@ -131,7 +138,10 @@ class Rounds(Hash):
 
 
 class ReformerSelfAttention(CausalSelfAttention):
-    """The projections of `CausalSelfAttention` around `reformer_attention`; its `sparsity` is a `Rounds`."""
+    """The projections of `CausalSelfAttention` around `reformer_attention`; its `sparsity` is a `Rounds`.
+
+    It cannot decode: which chunk a token is in depends on later tokens too.
+    """
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, rotations: jax.Array | None = None, **options: Any

@@ -61,6 +61,10 @@ class ModelConfig:
         pattern = [kind.strip() for kind in self.attention.split(",")]
         return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
 
+    def can_decode(self) -> bool:
+        """Whether tokens can be kept in a cache: not in a reformer layer, whose chunks depend on later tokens."""
+        return "reformer" not in self.layer_kinds()
+
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
         for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"):

@@ -30,9 +30,11 @@ class Block(nnx.Module):
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.shrink = nnx.Linear(4 * width, width, dtype=dtype, kernel_init=branch_end, rngs=rngs)
 
-    def __call__(self, x: jax.Array, draw: Draw, segment_ids: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, draw: Draw, segment_ids: jax.Array | None = None, decode: bool = False
+    ) -> jax.Array:
         """Maps `[B, T, width]` to the same; `draw` is this layer's of `Transformer.draw`."""
-        x = x + self.attention(self.norm1(x), deterministic=True, segment_ids=segment_ids, **draw)
+        x = x + self.attention(self.norm1(x), deterministic=True, segment_ids=segment_ids, decode=decode, **draw)
         return x + self.shrink(nnx.gelu(self.expand(self.norm2(x))))
 
 
@@ -62,6 +64,25 @@ class Transformer(nnx.Module):
         self.position = embed(max_length) if config.positions == "learned" else None
         self.blocks = nnx.List([Block(config, kind, dtype, rngs=rngs) for kind in config.layer_kinds()])
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.cache_index: Any = nnx.data(None)  # a variable: see `init_cache`
+
+    def init_cache(self, batch: int, max_length: int) -> None:
+        """Makes empty caches, `nnx.Cache` variables of this model and its layers, for `features(..., decode=True)`.
+
+        Args:
+            batch: `B`.
+            max_length: The most tokens that they can hold.
+
+        Raises:
+            ValueError: There are fewer learned positions.
+            NotImplementedError: A layer cannot decode.
+        """
+        if not self.config.can_decode():
+            raise NotImplementedError(f"--attention {self.config.attention} cannot decode: see ReformerSelfAttention.")
+        self._check_length(max_length)
+        self.cache_index = nnx.data(nnx.Cache(jnp.zeros((), jnp.int32)))
+        for block in self.blocks:
+            block.attention.init_cache((batch, max_length, self.config.width))
 
     def draw(self, batch: int, length: int, key: jax.Array | None, step: jax.Array | int | None = None) -> list[Draw]:
         """What every layer hashes and drops by.
@@ -99,6 +120,7 @@ class Transformer(nnx.Module):
         step: jax.Array | int | None = None,
         draws: list[Draw] | None = None,
         segment_ids: jax.Array | None = None,
+        decode: bool = False,
     ) -> jax.Array:
         """What `logits` reads.
 
@@ -110,24 +132,32 @@ class Transformer(nnx.Module):
             draws: What `draw` returned, instead of `key` and `step`.
             segment_ids: int32 `[B, T]`: tokens attend inside their own segment alone, as when documents share a
                 sequence. Positions go on counting from one segment to the next. Or None.
+            decode: Whether the tokens follow those in the cache of `init_cache`, and join them there; for evaluation.
 
         Returns:
-            `[B, T, width]`.
+            `[B, T, width]`; in decoding NaN past the cache's end.
 
         Raises:
-            ValueError: The sequence is longer than the learned positions, or `step` is missing.
-            NotImplementedError: There are segments, and a layer cannot keep them apart.
+            ValueError: The sequence is longer than the learned positions, `step` is missing, or there is no cache.
+            NotImplementedError: There are segments, and a layer cannot keep them apart or decodes.
         """
         batch, length = tokens.shape
-        x = self.embed(tokens)
+        if decode and self.cache_index is None:
+            raise ValueError("There is no cache to decode with: call init_cache(batch, max_length) first.")
+        x = self.embed(tokens, self.cache_index[...] if decode else 0)
         # Drawn out here: a rematerialised block must see the same draw when it is computed again.
         draws = self.draw(batch, length, key, step) if draws is None else draws
         for block, draw in zip(self.blocks, draws, strict=True):
-            x = _call(block, self.config.remat, x, draw, segment_ids)
+            if decode:  # writes to the block's cache, and has no backward pass
+                x = block(x, draw, segment_ids, decode=True)
+            else:
+                x = _call(block, self.config.remat, x, draw, segment_ids)
+        if decode:
+            self.cache_index[...] += length
         return self.norm(x)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """What the first block reads: int `[B, T]` to `[B, T, width]`.
+    def embed(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+        """What the first block reads: int `[B, T]` at positions from `start` on to `[B, T, width]`.
 
         Raises:
             ValueError: The sequence is longer than the learned positions.
@@ -135,15 +165,18 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens.astype(jnp.int32))
         if self.position is None:
             return x
-        length, longest = tokens.shape[1], self.position.num_embeddings
-        if length > longest:
-            raise ValueError(f"tokens must be at most {longest} long with learned positions, got {length}.")
-        return x + self.position(jnp.arange(length))
+        self._check_length(tokens.shape[1])
+        return x + self.position(start + jnp.arange(tokens.shape[1]))
 
     def logits(self, features: jax.Array) -> jax.Array:
         """Scores every token by its embedding: `[..., width]` to float32 `[..., vocab_size]`."""
         table = self.embedding.embedding[...][: self.vocab_size].astype(features.dtype)
         return jnp.einsum("...d,vd->...v", features, table, preferred_element_type=jnp.float32)
+
+    def _check_length(self, length: int) -> None:
+        if self.position is not None and length > self.position.num_embeddings:
+            longest = self.position.num_embeddings
+            raise ValueError(f"tokens must be at most {longest} long with learned positions, got {length}.")
 
 
 def _call(block: Block, remat: str, *arguments: Any) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from flax.linen.module import merge_param
 from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
 from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
 from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
+from scfa_jax.decoding import Cache, attend_cached, empty_cache
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
 
 RNG_STREAM = "sparsity"
 COLLECTION = "sparsity"
+CACHE = "cache"
 
 
 class CausalSelfAttention(nn.Module):
@@ -28,6 +31,11 @@ class CausalSelfAttention(nn.Module):
     token does not attend to itself. In training each call draws new rotations or keep masks from the rng
     stream "sparsity", unless it is given those of `draw`. At evaluation hash mode uses the rotations kept in
     the collection "sparsity" since `init`, and drop mode keeps everything.
+
+    With `decode=True`, `init` of tokens `[B, S, E]` also makes the collection "cache", with room for `S` tokens.
+    Each `apply(..., mutable=["cache"])` adds its tokens to it and attends from them to all that it holds: first
+    the prompt, whole or in parts, then one token after another. Results are those of one evaluation of the whole
+    sequence.
 
     With fewer key heads than query heads each key head serves a group of adjacent query heads, which hash
     with its rotations; shared keys are then the mean query of the group.
@@ -50,6 +58,7 @@ class CausalSelfAttention(nn.Module):
         out_kernel_init: Of the output projection's kernel; `kernel_init` if None.
         bias_init: Of the biases.
         deterministic: Whether to evaluate rather than train; here or in the call, if there is a sparsity.
+        decode: Whether to use the cache, which is to evaluate too, whatever `deterministic` says.
         implementation: As in `scfa_jax.causal_attention`.
 
     Raises:
@@ -82,6 +91,7 @@ class CausalSelfAttention(nn.Module):
     out_kernel_init: nn.initializers.Initializer | None = None
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     deterministic: bool | None = None
+    decode: bool = False
     implementation: Implementation = None
 
     def setup(self):
@@ -134,7 +144,7 @@ class CausalSelfAttention(nn.Module):
         """
         if self.sparsity is None:
             return {}
-        deterministic = merge_param("deterministic", self.deterministic, deterministic)
+        deterministic = self.decode or merge_param("deterministic", self.deterministic, deterministic)
         if isinstance(self.sparsity, Hash) and deterministic:
             if not self.has_variable(COLLECTION, "rotations"):
                 raise ValueError(
@@ -162,39 +172,57 @@ class CausalSelfAttention(nn.Module):
         Args:
             x: float `[B, T, E]`.
             deterministic: Whether to evaluate, unless the module says so.
-            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None.
+            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None, and what
+                follows the cache in decoding.
             rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
             query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
             key_keep: bool `[B, T, K]`, together with `query_keep`.
             segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
-                below 0 (padding). Positions for `rotary` are not counted anew in each segment.
+                below 0 (padding). Positions for `rotary` are not counted anew in each segment. Not in decoding.
 
         Returns:
-            `[B, T, E]`.
+            `[B, T, E]`; in decoding NaN past the cache's end.
 
         Raises:
-            ValueError: A shape does not fit, a draw does not go with the kind of sparsity, or as in `draw`.
+            ValueError: A shape does not fit, a draw does not go with the kind of sparsity, there is no cache to decode
+                with, or as in `draw`.
+            TypeError: The cache has another dtype than the computation.
+            NotImplementedError: There are segments in decoding.
         """
-        self.layout.check_input(x)
+        self.layout.check_input("x", x.shape)
         given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
         draw = {name: drawn for name, drawn in given.items() if drawn is not None}
         draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)
+        options: dict[str, Any] = {
+            "normalize_key": self.layout.normalize_key,
+            "rotary": self.rotary,
+            "positions": positions,
+            "segment_ids": segment_ids,
+            "implementation": self.implementation,
+            **draw,
+        }
 
         query, value = self.query(x), self.value(x)
         key = None if self.layout.share_query_key else self.key(x)
-        output = attend(
-            query,
-            key,
-            value,
-            self.sparsity,
-            normalize_key=self.layout.normalize_key,
-            rotary=self.rotary,
-            positions=positions,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-            **draw,
-        )
+        if not self.decode or self.is_initializing():
+            if self.decode:
+                self._put_cache(empty_cache(self.layout, self.sparsity, x.shape[0], x.shape[1], value.dtype))
+            return self.out(attend(query, key, value, self.sparsity, **options))
+        output, cache = attend_cached(self._cache(), query, key, value, self.sparsity, **options)
+        self._put_cache(cache)
         return self.out(output)
+
+    def _cache(self) -> Cache:
+        if not self.has_variable(CACHE, "cache_index"):
+            raise ValueError(
+                f"variables must have the collection {CACHE!r} to decode with, which init of [B, max_length, E] makes."
+            )
+        return Cache(*(self.get_variable(CACHE, name) for name in Cache._fields))
+
+    def _put_cache(self, cache: Cache) -> None:
+        for name, x in cache._asdict().items():
+            if x is not None:
+                self.put_variable(CACHE, name, x)
 
     def _new_draw(self, batch_size: int, length: int) -> dict[str, jax.Array]:
         assert self.sparsity is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
 from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
 from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
+from scfa_jax.decoding import Cache, attend_cached, empty_cache
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
@@ -30,6 +32,10 @@ class CausalSelfAttention(nnx.Module):
     token does not attend to itself. In training each call draws new rotations or keep masks from the rng
     stream "sparsity", unless it is given those of `draw`. At evaluation hash mode uses the rotations kept in
     `self.rotations`, and drop mode keeps everything.
+
+    For decoding, `init_cache` makes a cache of `nnx.Cache` variables, and each call with `decode=True` adds its
+    tokens to it and attends from them to all that it holds: first the prompt, whole or in parts, then one token
+    after another. Results are those of one evaluation of the whole sequence.
 
     With fewer key heads than query heads each key head serves a group of adjacent query heads, which hash
     with its rotations; shared keys are then the mean query of the group.
@@ -52,6 +58,7 @@ class CausalSelfAttention(nnx.Module):
         out_kernel_init: Of the output projection's kernel; `kernel_init` if None.
         bias_init: Of the biases.
         deterministic: Whether to evaluate rather than train; set by `train()` and `eval()` too.
+        decode: Whether to use the cache, which is to evaluate too.
         implementation: As in `scfa_jax.causal_attention`.
         rngs: Streams "params" and, in hash mode, "sparsity" for the rotations of evaluation.
 
@@ -87,6 +94,7 @@ class CausalSelfAttention(nnx.Module):
         out_kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         deterministic: bool = False,
+        decode: bool = False,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
@@ -96,6 +104,7 @@ class CausalSelfAttention(nnx.Module):
         self.sparsity = sparsity
         self.rotary = rotary
         self.deterministic = deterministic
+        self.decode = decode
         self.implementation = tuple(implementation) if isinstance(implementation, list) else implementation
 
         project = functools.partial(
@@ -115,6 +124,24 @@ class CausalSelfAttention(nnx.Module):
         self.out = project(query_shape, in_features, axis=(-2, -1), kernel_init=out_kernel_init or kernel_init)
         if isinstance(sparsity, Hash):
             self.rotations = Rotations(self._new_draw(1, 1, rngs)["rotations"])
+        for name in Cache._fields:  # as variables: see `init_cache`
+            setattr(self, name, nnx.data(None))
+
+    def init_cache(self, input_shape: tuple[int, ...], dtype: jax.typing.DTypeLike | None = None) -> None:
+        """Makes an empty cache for decoding, in place of any other.
+
+        Args:
+            input_shape: `(B, S, E)`, `S` the most tokens it can hold.
+            dtype: Of its keys and values, that of the computation; if None, the module's, or that of its parameters.
+
+        Raises:
+            ValueError: `input_shape` is no such shape.
+        """
+        self.layout.check_input("input_shape", input_shape)
+        dtype = dtype or self.value.dtype or self.value.param_dtype
+        cache = empty_cache(self.layout, self.sparsity, input_shape[0], input_shape[1], dtype)
+        for name, x in cache._asdict().items():
+            setattr(self, name, nnx.data(None if x is None else nnx.Cache(x)))
 
     def draw(
         self,
@@ -156,6 +183,7 @@ class CausalSelfAttention(nnx.Module):
         x: jax.Array,
         *,
         deterministic: bool | None = None,
+        decode: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         positions: jax.Array | None = None,
         rotations: jax.Array | None = None,
@@ -168,48 +196,66 @@ class CausalSelfAttention(nnx.Module):
         Args:
             x: float `[B, T, E]`.
             deterministic: Whether to evaluate; `self.deterministic` if None.
+            decode: Whether the `T` tokens follow those in the cache, whatever `deterministic` says; `self.decode` if
+                None. Past the cache's end outputs are NaN.
             rngs: As in `draw`, which is called if none of the next three is given.
-            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None.
+            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None, and what
+                follows the cache in decoding.
             rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
             query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
             key_keep: bool `[B, T, K]`, together with `query_keep`.
             segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
-                below 0 (padding). Positions for `rotary` are not counted anew in each segment.
+                below 0 (padding). Positions for `rotary` are not counted anew in each segment. Not in decoding.
 
         Returns:
             `[B, T, E]`.
 
         Raises:
-            ValueError: A shape does not fit, a draw does not go with the sparsity, or `rngs` lacks a stream.
+            ValueError: A shape does not fit, a draw does not go with the sparsity, `rngs` lacks a stream, or there
+                is no cache to decode with.
+            TypeError: The cache has another dtype than the computation.
+            NotImplementedError: There are segments in decoding.
         """
-        self.layout.check_input(x)
+        self.layout.check_input("x", x.shape)
         given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
         draw = {name: drawn for name, drawn in given.items() if drawn is not None}
-        draw = draw or self.draw(*x.shape[:2], deterministic=deterministic, rngs=rngs)
+        in_decoding = self.decode if decode is None else decode
+        draw = draw or self.draw(*x.shape[:2], deterministic=in_decoding or deterministic, rngs=rngs)
+        options: dict[str, Any] = {
+            "normalize_key": self.layout.normalize_key,
+            "rotary": self.rotary,
+            "positions": positions,
+            "segment_ids": segment_ids,
+            "implementation": self.implementation,
+            **draw,
+        }
 
         query, value = self.query(x), self.value(x)
         key = None if self.layout.share_query_key else self.key(x)
-        output = attend(
-            query,
-            key,
-            value,
-            self.sparsity,
-            normalize_key=self.layout.normalize_key,
-            rotary=self.rotary,
-            positions=positions,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-            **draw,
-        )
+        if not in_decoding:
+            return self.out(attend(query, key, value, self.sparsity, **options))
+        output, cache = attend_cached(self._cache(), query, key, value, self.sparsity, **options)
+        for name, x in cache._asdict().items():
+            if x is not None:
+                getattr(self, name)[...] = x
         return self.out(output)
 
-    def set_view(self, deterministic: bool | None = None):
+    def set_view(self, deterministic: bool | None = None, decode: bool | None = None):
         """Class method used by `nnx.view`.
 
         Args:
             deterministic: Whether to evaluate rather than train.
+            decode: Whether to use the cache.
         """
         self.deterministic = self.deterministic if deterministic is None else deterministic
+        self.decode = self.decode if decode is None else decode
+
+    def _cache(self) -> Cache:
+        kept: list[Any] = [getattr(self, name) for name in Cache._fields]
+        if all(variable is None for variable in kept):
+            raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
+        arrays: list[Any] = [None if variable is None else variable[...] for variable in kept]
+        return Cache(*arrays)
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None

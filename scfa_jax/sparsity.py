@@ -1,14 +1,14 @@
 """What both Flax modules share: the kinds of sparsity and one attention call over them.
 
-Nothing here imports Flax. A kind of sparsity is a small dataclass that makes its random draws, and `attend`
-the one place that acts on them.
+Nothing here imports Flax. A kind of sparsity is a small dataclass that makes its random draws, and `operands`
+and `Operands.attend` are the one place that acts on them; `decoding` goes through it too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -169,17 +169,18 @@ class Layout:
             in_hash_mode if normalize_key is None else normalize_key,
         )
 
-    def check_input(self, x: jax.Array) -> None:
-        """Checks a module's input.
+    def check_input(self, name: str, shape: tuple[int, ...]) -> None:
+        """Checks the shape of a module's input.
 
         Args:
-            x: What was given.
+            name: Of the argument.
+            shape: What was given.
 
         Raises:
             ValueError: It is not `[B, T, in_features]`.
         """
-        if x.ndim != 3 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [B, T, {self.in_features}], got {x.shape}.")
+        if len(shape) != 3 or shape[-1] != self.in_features:
+            raise ValueError(f"{name} must be [B, T, {self.in_features}], got {shape}.")
 
 
 def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -216,7 +217,41 @@ def shared_key(query: jax.Array, num_key_heads: int) -> jax.Array:
     return grouped.astype(jnp.promote_types(query.dtype, jnp.float32)).mean(axis=3)
 
 
-def attend(
+class Operands(NamedTuple):
+    """What attention computes on: `T` queries, `S` keys, and what decides which of them meet."""
+
+    query: jax.Array  # [B, T, N, H], rotated
+    key: jax.Array  # [B, S, K, H], rotated, and normalised if asked for
+    value: jax.Array  # [B, S, K, H]
+    query_hash: jax.Array | None  # int32 [B, T, N], in hash mode
+    key_hash: jax.Array | None  # int32 [B, S, K]; None where it is `query_hash`
+    query_keep: jax.Array | None  # bool [B, T, N], where some are dropped
+    key_keep: jax.Array | None  # bool [B, S, K], likewise
+
+    def attend(self, sparsity: Sparsity, **options: Any) -> jax.Array:
+        """Calls the operator of a kind of sparsity.
+
+        Args:
+            sparsity: None, `Hash` or `Drop`.
+            **options: Of the operator.
+
+        Returns:
+            `[B, T, N, H]` in the dtype of the query.
+        """
+        output: Any  # the operators also return pairs, with return_residual
+        arrays = self.query, self.key, self.value
+        if isinstance(sparsity, Hash):
+            assert self.query_hash is not None
+            options |= {"exclude_self": sparsity.exclude_self, "num_buckets": sparsity.num_buckets}
+            output = hash_sparse_attention(*arrays, self.query_hash, self.key_hash, **options)
+        elif self.query_keep is not None and self.key_keep is not None:
+            output = qk_sparse_attention(*arrays, self.query_keep, self.key_keep, **options)
+        else:
+            output = causal_attention(*arrays, **options)
+        return output
+
+
+def operands(
     query: jax.Array,
     key: jax.Array | None,
     value: jax.Array,
@@ -228,28 +263,23 @@ def attend(
     rotations: jax.Array | None = None,
     query_keep: jax.Array | None = None,
     key_keep: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    implementation: Implementation = None,
-) -> jax.Array:
-    """Causal self-attention under a kind of sparsity.
+) -> Operands:
+    """Makes of projections what attention computes on: rotates, normalises, hashes.
 
     Args:
         query: float `[B, T, N, H]`.
-        key: float `[B, S, K, H]`, or None to make it of the query (`shared_key`).
-        value: float `[B, S, K, H]`.
+        key: float `[B, T, K, H]`, or None to make it of the query (`shared_key`).
+        value: float `[B, T, K, H]`.
         sparsity: None, `Hash` or `Drop`.
         normalize_key: Whether to scale keys to unit length. Buckets do not depend on it.
         rotary: As in the modules: `rotary(x, positions)` for queries and keys `[B, T, _, H]`; or None.
         positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
         rotations: float `[K, H, num_buckets // 2]`, for `Hash` and needed there.
         query_keep: bool `[B, T, N]`, for `Drop`; everything is kept if None.
-        key_keep: bool `[B, S, K]`, given if and only if `query_keep` is.
-        segment_ids: int32 `[1 or B, T]`: attention stays among equal ids, and rows with an id below 0 (padding) take
-            no part; None for one segment.
-        implementation: As in `scfa_jax.causal_attention`.
+        key_keep: bool `[B, T, K]`, given if and only if `query_keep` is.
 
     Returns:
-        `[B, T, N, H]` in the dtype of `query`.
+        The operands.
 
     Raises:
         ValueError: The random draws do not go with `sparsity`, or have other shapes than it, `query` and
@@ -261,6 +291,9 @@ def attend(
         raise ValueError(f"rotations go with sparsity=Hash(...), got sparsity={sparsity!r}.")
     if (query_keep is not None or key_keep is not None) and not isinstance(sparsity, Drop):
         raise ValueError(f"query_keep and key_keep go with sparsity=Drop(...), got sparsity={sparsity!r}.")
+    if (query_keep is None) != (key_keep is None):
+        missing = "query_keep" if query_keep is None else "key_keep"
+        raise ValueError(f"query_keep and key_keep must be given together, got {missing}=None.")
 
     one_hash = key is None and query.shape[2] == value.shape[2]
     raw_key = shared_key(query, value.shape[2]) if key is None else key
@@ -273,29 +306,45 @@ def attend(
             hashed_query, hashed_key = query, raw_key
     key = (normalize(raw_key) if normalize_key else raw_key).astype(query.dtype)
 
-    options: dict[str, Any] = {"query_segment_ids": segment_ids, "implementation": implementation}
-    output: Any  # the operators also return pairs, with return_residual
+    query_hash = key_hash = None
     if isinstance(sparsity, Hash):
         expected = (value.shape[2], query.shape[3], sparsity.num_buckets // 2)
         if rotations is None or rotations.shape != expected:
             got = None if rotations is None else rotations.shape
             raise ValueError(f"rotations must be [K, H, num_buckets // 2] = {expected}, got {got}.")
         group = query.shape[2] // value.shape[2]
-        output = hash_sparse_attention(
-            query,
-            key,
-            value,
-            lsh_hash(hashed_query, jnp.repeat(rotations, group, axis=0)),
-            None if one_hash else lsh_hash(hashed_key, rotations),
-            exclude_self=sparsity.exclude_self,
-            num_buckets=sparsity.num_buckets,
-            **options,
-        )
-    elif query_keep is not None and key_keep is not None:
-        output = qk_sparse_attention(query, key, value, query_keep, key_keep, **options)
-    elif query_keep is None and key_keep is None:
-        output = causal_attention(query, key, value, **options)
-    else:
-        missing = "query_keep" if query_keep is None else "key_keep"
-        raise ValueError(f"query_keep and key_keep must be given together, got {missing}=None.")
-    return output
+        query_hash = lsh_hash(hashed_query, jnp.repeat(rotations, group, axis=0))
+        key_hash = None if one_hash else lsh_hash(hashed_key, rotations)
+    return Operands(query, key, value, query_hash, key_hash, query_keep, key_keep)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array | None,
+    value: jax.Array,
+    sparsity: Sparsity = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation = None,
+    **options: Any,
+) -> jax.Array:
+    """Causal self-attention under a kind of sparsity.
+
+    Args:
+        query: float `[B, T, N, H]`.
+        key: float `[B, T, K, H]`, or None to make it of the query (`shared_key`).
+        value: float `[B, T, K, H]`.
+        sparsity: None, `Hash` or `Drop`.
+        segment_ids: int32 `[1 or B, T]`: attention stays among equal ids, and rows with an id below 0 (padding) take
+            no part; None for one segment.
+        implementation: As in `scfa_jax.causal_attention`.
+        **options: Of `operands`.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of `query`.
+
+    Raises:
+        ValueError: As in `operands`.
+    """
+    made = operands(query, key, value, sparsity, **options)
+    return made.attend(sparsity, query_segment_ids=segment_ids, implementation=implementation)

@@ -12,7 +12,7 @@ from models import ModelConfig
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.config import OptimizerConfig
-from train.generate import generate
+from train.generate import _recompute, can_decode, generate
 from train.step import init
 
 TINY = {"layers": 1, "width": 16, "heads": 2, "attention": "dense", "dtype": "float32"}
@@ -35,12 +35,36 @@ def test_generation_is_reproducible_for_several_prompts_and_longer_than_the_wind
     assert (draw(1.0, 1) != drawn).any()
     likeliest = draw(0.0, 0)
     np.testing.assert_array_equal(draw(0.0, 1), likeliest)
-    # Token by token the likeliest one: in the first window, then from the last 8.
-    windows = np.lib.stride_tricks.sliding_window_view(likeliest, 8, axis=1)[:, :-1].reshape(-1, 8)
-    logits = jax.jit(lambda tokens: model.merge(state.params, state.fixed)(tokens))(windows)
-    best = np.asarray(logits.argmax(axis=2)).reshape(2, 15, 8)
-    np.testing.assert_array_equal(best[:, 0, 2:], likeliest[:, 3:9])
-    np.testing.assert_array_equal(best[:, :, -1], likeliest[:, 8:])
+    # Token by token the likeliest one: in the first window, then in windows that begin with half of the one before.
+    best_after = jax.jit(lambda tokens: model.merge(state.params, state.fixed)(tokens).argmax(axis=2))
+    first, read = 0, 3
+    while first + read < 23:
+        window = likeliest[:, first : first + 8]
+        chosen = best_after(np.pad(window, [(0, 0), (0, 8 - window.shape[1])]))
+        following = likeliest[:, first + read : first + 9]
+        np.testing.assert_array_equal(chosen[:, read - 1 :][:, : following.shape[1]], following)
+        first, read = first + 5, 4
+    # A prompt longer than the window is read from its end.
+    from_long = generate(model, state, likeliest[:, :11], length=1, window=8, temperature=0.0, seed=0)
+    np.testing.assert_array_equal(from_long[:, -1], best_after(likeliest[:, 3:11])[:, -1])
+
+
+@pytest.mark.parametrize("kind", ["hash", "reformer"])
+def test_with_or_without_a_cache_the_same_tokens_follow(kind):
+    config = ModelConfig(**{**TINY, "attention": kind, "num_rounds": 2})
+    model, state = init(config, OptimizerConfig(steps=2), vocab_size=250, max_length=12)
+    prompts = np.array([[1, 2, 3]], np.uint16)
+    tokens = generate(model, state, prompts, length=9, window=12, temperature=0.9, seed=0)
+    arrays = state.params, state.fixed
+    np.testing.assert_array_equal(tokens, _recompute(model, *arrays, np.pad(prompts, [(0, 0), (0, 9)]), 3, 0, 0.9, 12))
+    assert can_decode(model, state) == (kind == "hash")
+
+
+def test_a_model_without_a_cache_says_that_it_is_slow(start, fake_steps, tmp_path, capsys):
+    fake_steps(1.0)
+    for kind in ("dense", "reformer"):
+        assert start(attention=kind, out=tmp_path / kind, steps=2, eval_tokens=0) == 0
+        assert ("reformer layers cannot decode with a cache" in capsys.readouterr().out) == (kind == "reformer")
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from models import Transformer
 from train.step import LanguageModel, TrainState
 
 
@@ -21,9 +23,11 @@ def generate(
     temperature: float,
     seed: int,
 ) -> np.ndarray:
-    """Continues prompts in one compiled loop.
+    """Continues prompts: each token is computed once and kept in a cache.
 
-    Each token costs a pass over a window of fixed size: nothing is kept between tokens or compiled twice.
+    When `window` tokens fill the cache it is made anew from the last half of them, whose positions start again at 0: no
+    token is at a position that training had not. A model that cannot decode computes the last `window` tokens anew for
+    each one that it adds.
 
     Args:
         model: The model.
@@ -37,14 +41,58 @@ def generate(
     Returns:
         Prompts and added tokens, `[R, P + length]`.
     """
-    start = prompts.shape[1]
-    tokens = np.pad(prompts, [(0, 0), (0, length)])
-    window = min(window, tokens.shape[1])
-    return np.asarray(_continue(model, state.params, state.fixed, tokens, start, seed, temperature, window))
+    tokens: jax.Array | np.ndarray = np.pad(prompts, [(0, 0), (0, length)])
+    start, total = prompts.shape[1], tokens.shape[1]
+    arrays = state.params, state.fixed
+    if not can_decode(model, state):
+        return np.asarray(_recompute(model, *arrays, tokens, start, seed, temperature, min(window, total)))
+    context, size = min(start, window), min(window, total)
+    while start < total:
+        stop = min(start + window + 1 - context, total)
+        tokens = _decode(model, *arrays, tokens, start, stop, seed, temperature, context, size)
+        start, context = stop, max(1, window // 2)
+    return np.asarray(tokens)
+
+
+def can_decode(model: LanguageModel, state: TrainState) -> bool:
+    """Whether `generate` keeps what it computed: arguments as there."""
+    return model.merge(state.params, state.fixed).config.can_decode()
+
+
+@functools.partial(jax.jit, static_argnames=("model", "context", "size"))
+def _decode(
+    model: LanguageModel,
+    params: object,
+    fixed: object,
+    tokens: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    seed: jax.Array,
+    temperature: jax.Array,
+    context: int,
+    size: int,
+) -> jax.Array:
+    """Fills columns `start` to `stop - 1` of `tokens` by a cache of `size` places, first with `context` tokens."""
+    transformer = model.merge(params, fixed)
+    transformer.init_cache(tokens.shape[0], size)
+    graph, *states = nnx.split(transformer, nnx.Cache, ...)
+    cache, rest = states
+    base_key = jax.random.key(seed)
+
+    def add_one(tokens: jax.Array, cache: nnx.State, place: jax.Array, read: int) -> tuple[jax.Array, nnx.State]:
+        """Reads the last `read` tokens before a place into the cache, and fills the place."""
+        transformer = nnx.merge(graph, cache, rest)
+        new = jax.lax.dynamic_slice_in_dim(tokens, place - read, read, axis=1)
+        features = transformer.features(new, decode=True)[:, -1]
+        tokens = _fill(transformer, tokens, place, features, base_key, temperature)
+        return tokens, nnx.state(transformer, nnx.Cache)
+
+    first = add_one(tokens, cache, start, context)
+    return jax.lax.fori_loop(start + 1, stop, lambda place, carry: add_one(carry[0], carry[1], place, 1), first)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "window"))
-def _continue(
+def _recompute(
     model: LanguageModel,
     params: object,
     fixed: object,
@@ -54,7 +102,7 @@ def _continue(
     temperature: jax.Array,
     window: int,
 ) -> jax.Array:
-    """Fills `tokens` from column `start` on."""
+    """Fills `tokens` from column `start` on, each by a pass over the window that ends before it."""
     transformer = model.merge(params, fixed)
     base_key = jax.random.key(seed)
 
@@ -63,9 +111,21 @@ def _continue(
         first = jnp.maximum(0, place - window)
         context = jax.lax.dynamic_slice_in_dim(tokens, first, window, axis=1)
         features = transformer.features(context)[:, place - 1 - first]
-        logits = transformer.logits(features)
-        drawn = jax.random.categorical(jax.random.fold_in(base_key, place), logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, logits.argmax(axis=1))
-        return tokens.at[:, place].set(token.astype(tokens.dtype))
+        return _fill(transformer, tokens, place, features, base_key, temperature)
 
     return jax.lax.fori_loop(start, tokens.shape[1], add_one, tokens)
+
+
+def _fill(
+    transformer: Transformer,
+    tokens: jax.Array,
+    place: jax.Array,
+    features: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+) -> jax.Array:
+    """Draws the tokens of column `place` by the features `[R, width]` of those before it."""
+    logits = transformer.logits(features)
+    drawn = jax.random.categorical(jax.random.fold_in(key, place), logits / jnp.maximum(temperature, 1e-6))
+    token = jnp.where(temperature > 0, drawn, logits.argmax(axis=1))
+    return tokens.at[:, place].set(token.astype(tokens.dtype))

@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoints
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
 from train.folder import expanded, load_config
-from train.generate import generate
+from train.generate import can_decode, generate
 from train.plot import draw_images
 from train.step import LanguageModel, TrainState, init
 
@@ -110,6 +110,8 @@ def write_sample(
     kind: Literal["text", "images"] = "images" if corpus.unit == "pixel" else "text"
     path = Path(options.run) / SAMPLE_FILES[kind] if options.out is None else expanded("out", options.out)
     prompt = _prompt(options, corpus)
+    if not can_decode(model, state):
+        print("reformer layers cannot decode with a cache: each token costs a pass over the window")
     tokens = generate(
         model,
         state,

@@ -50,6 +50,18 @@ def causal_attention(
 
     Returns:
         The output, or (output, log-sum-exp).
+
+    Raises:
+        TypeError: As in `sparse_attention`.
+        ValueError: Likewise.
+        NotImplementedError: Likewise.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> output = scfa_jax.causal_attention(query, key, value)
+        >>> bool(jax.numpy.allclose(output[:, 0], value[:, 0]))  # the first query sees one key
+        True
     """
     query_length, key_length = (_checks.length(name, x) for name, x in (("query", query), ("key", key)))
     index = indices.causal_index(
@@ -110,6 +122,19 @@ def hash_sparse_attention(
 
     Returns:
         The output, or (output, log-sum-exp).
+
+    Raises:
+        TypeError: As in `sparse_attention`.
+        ValueError: Likewise.
+        NotImplementedError: Likewise.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> rotations = scfa_jax.random_rotations(jax.random.key(1), num_heads=2, head_dim=16, num_buckets=8)
+        >>> hashes = scfa_jax.lsh_hash(query, rotations), scfa_jax.lsh_hash(key, rotations)
+        >>> scfa_jax.hash_sparse_attention(query, key, value, *hashes, num_buckets=8).shape
+        (1, 64, 2, 16)
     """
     if key_hash is None and getattr(query, "shape", None) != getattr(key, "shape", None):
         raise ValueError(
@@ -189,6 +214,19 @@ def qk_sparse_attention(
 
     Returns:
         The output, or (output, log-sum-exp).
+
+    Raises:
+        TypeError: As in `sparse_attention`.
+        ValueError: Likewise.
+        NotImplementedError: Likewise.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> keep = jax.random.bernoulli(jax.random.key(1), 0.5, (1, 64, 2))
+        >>> output = scfa_jax.qk_sparse_attention(query, key, value, keep, keep)
+        >>> bool((output[~keep] == 0).all())
+        True
     """
     index = indices.keep_index(
         query_keep,
@@ -239,6 +277,20 @@ def range_attention(
 
     Returns:
         The output, or (output, log-sum-exp).
+
+    Raises:
+        TypeError: As in `sparse_attention`.
+        ValueError: Likewise.
+        NotImplementedError: Likewise.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> position = jnp.arange(64, dtype=jnp.int32)[:, None]  # [T, 1]: the same for all heads
+        >>> window = scfa_jax.range_attention(query, key, value, position - 7, position + 1)
+        >>> whole = scfa_jax.causal_attention(query, key, value)
+        >>> bool(jnp.allclose(window[:, :8], whole[:, :8], atol=1e-5))
+        True
     """
     query_length, key_length = (_checks.length(name, x) for name, x in (("query", query), ("key", key)))
     index = indices.range_index(
@@ -295,5 +347,12 @@ def sparse_attention(
         TypeError: An argument has a dtype that is not supported.
         ValueError: Shapes do not fit each other, or an option is unknown.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> index = scfa_jax.hash_index(jnp.arange(64, dtype=jnp.int32)[:, None] % 4, num_buckets=4)  # serves any heads
+        >>> scfa_jax.sparse_attention(query, key, value, index).shape
+        (1, 64, 2, 16)
     """
     return dispatch.attend(query, key, value, index, scale, implementation, block_sizes, output_dtype, return_residual)

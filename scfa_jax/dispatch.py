@@ -61,8 +61,8 @@ def _choose(implementation: Implementation, head_dim: int) -> str | None:
     problems = []
     for name in names:
         problem = None if name == "xla" else _triton_problem(head_dim)
-        if name == "triton" and problem is None and not _compat.has_gpu():
-            problem = "it needs an NVIDIA GPU, or an abstract one in context, and there is none"
+        if name == "triton" and problem is None:
+            problem = _compat.gpu_problem()
         if problem is None:
             return name
         problems.append(f'implementation "{name}" cannot do this: {problem}')

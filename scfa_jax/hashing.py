@@ -24,6 +24,11 @@ def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets:
     Raises:
         ValueError: `num_buckets` is odd or below 2.
         TypeError: `num_buckets` is no static integer.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> scfa_jax.random_rotations(jax.random.key(0), num_heads=2, head_dim=16, num_buckets=8).shape
+        (2, 16, 4)
     """
     check_num_buckets(num_buckets)
     directions = jax.random.normal(key, (num_heads, head_dim, num_buckets // 2), jnp.float32)
@@ -47,6 +52,14 @@ def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
     Raises:
         ValueError: The number of heads or their width differ.
         TypeError: `x` does not hold floats.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> rotations = scfa_jax.random_rotations(jax.random.key(0), num_heads=2, head_dim=16, num_buckets=8)
+        >>> x = jax.random.normal(jax.random.key(1), (1, 64, 2, 16))
+        >>> hashes = scfa_jax.lsh_hash(x, rotations)
+        >>> hashes.shape, bool((hashes == scfa_jax.lsh_hash(2 * x, rotations)).all())
+        ((1, 64, 2), True)
     """
     if rotations.ndim != 3 or x.ndim < 3 or x.shape[-2:] != rotations.shape[:2]:
         raise ValueError(

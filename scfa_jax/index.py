@@ -40,6 +40,16 @@ class SparseIndex:
         ascending: Whether `high` ascends too, so that the ends of a tile bound all of it. Static.
         all_met: Whether every key that no query attends to is known to have the code `NEVER`. Static.
         density: Share of the causal pairs that are allowed, roughly: a hint for the choice of tile sizes. Static.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> index = scfa_jax.hash_index(np.array([[[1], [0], [1], [1]]], np.int32), num_buckets=2)
+        >>> index.key_order[0, 0].tolist()  # bucket 0, then bucket 1
+        [1, 0, 2, 3]
+        >>> index.key_code[0, 0].tolist()  # bucket * length + position
+        [1, 4, 6, 7]
+        >>> index.low[0, 0].tolist(), index.high[0, 0].tolist()
+        ([0, 4, 4, 4], [1, 4, 6, 7])
     """
 
     key_order: jax.Array | None
@@ -122,6 +132,11 @@ def causal_index(
     Raises:
         TypeError: The segment ids are not int32.
         ValueError: Shapes do not fit each other.
+
+    Examples:
+        >>> import scfa_jax
+        >>> scfa_jax.causal_index(2, 6, query_offset=3).high.tolist()
+        [[[3, 4]]]
     """
     line = segments.line_up(query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation)
     high = line.last()
@@ -175,6 +190,13 @@ def hash_index(
     Raises:
         TypeError: The hashes or segment ids are not int32.
         ValueError: Shapes do not fit each other, or `num_buckets` is below 1.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> buckets = np.arange(256, dtype=np.int32)[:, None] % 4
+        >>> stats = scfa_jax.hash_index(buckets, num_buckets=4).stats(block_q=64, block_k=64)
+        >>> int(stats["tiles"][0, 0]), int(stats["total"][0, 0]), int(stats["pairs"][0, 0])
+        (4, 16, 8320)
     """
     query_id = _per_head("query_hash", query_hash, jnp.int32, query_length)
     _checks.num_buckets(num_buckets)
@@ -240,6 +262,12 @@ def keep_index(
     Raises:
         TypeError: The masks are not boolean, or the segment ids not int32.
         ValueError: Shapes do not fit each other.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> keep = np.array([True, False, True])[:, None]
+        >>> scfa_jax.keep_index(keep, keep).query_order.tolist()
+        [[[0, 2, 1]]]
     """
     query_keep = _per_head("query_keep", query_keep, jnp.bool_, query_length)
     key_keep = _per_head("key_keep", key_keep, jnp.bool_, key_length)
@@ -292,6 +320,13 @@ def range_index(
     Raises:
         TypeError: The ranges or segment ids are not int32.
         ValueError: Shapes do not fit each other.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> start, stop = np.array([[4, 0], [6, 2]], np.int32)[..., None]
+        >>> index = scfa_jax.range_index(start, stop, key_length=8)
+        >>> index.query_order.tolist(), index.low.tolist(), index.high.tolist()
+        ([[[1, 0]]], [[[0, 4]]], [[[1, 5]]])
     """
     start = _per_head("key_start", key_start, jnp.int32, query_length)
     stop = _per_head("key_stop", key_stop, jnp.int32, query_length)

@@ -64,6 +64,16 @@ class CausalSelfAttention(nn.Module):
     Raises:
         ValueError: The heads do not divide what they must.
         TypeError: `sparsity` is of another kind.
+
+    Examples:
+        >>> import jax
+        >>> from scfa_jax.linen import CausalSelfAttention, Hash
+        >>> layer = CausalSelfAttention(32, num_heads=2, sparsity=Hash(num_buckets=4))
+        >>> x = jax.random.normal(jax.random.key(0), (1, 64, 32))
+        >>> keys = {"params": jax.random.key(1), "sparsity": jax.random.key(2)}
+        >>> variables = layer.init(keys, x, deterministic=True)
+        >>> layer.apply(variables, x, deterministic=False, rngs={"sparsity": jax.random.key(3)}).shape
+        (1, 64, 32)
     """
 
     in_features: int

@@ -31,6 +31,15 @@ def merge_attention(
     Raises:
         TypeError: A dtype is not supported.
         ValueError: There are no parts, or their shapes do not fit each other.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> zero, half, all_keys = (jnp.full((1, 1, 1), n, jnp.int32) for n in (0, 32, 64))
+        >>> attend = lambda *keys: scfa_jax.range_attention(query, key, value, *keys, return_residual=True)
+        >>> merged, _ = scfa_jax.merge_attention(*zip(attend(zero, half), attend(half, all_keys)))
+        >>> bool(jnp.allclose(merged, attend(zero, all_keys)[0], atol=1e-5))
+        True
     """
     outputs, logsumexps = list(outputs), list(logsumexps)
     dtype = _checks.parts(outputs, logsumexps, output_dtype)

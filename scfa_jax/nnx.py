@@ -65,6 +65,15 @@ class CausalSelfAttention(nnx.Module):
     Raises:
         ValueError: The heads do not divide what they must, or `rngs` lacks a stream.
         TypeError: `sparsity` is of another kind.
+
+    Examples:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from scfa_jax.nnx import CausalSelfAttention, Hash
+        >>> layer = CausalSelfAttention(32, num_heads=2, sparsity=Hash(num_buckets=4), rngs=nnx.Rngs(0, sparsity=1))
+        >>> x = jax.random.normal(jax.random.key(0), (1, 64, 32))
+        >>> layer(x, rngs=nnx.Rngs(sparsity=2)).shape, layer(x, deterministic=True).shape
+        ((1, 64, 32), (1, 64, 32))
     """
 
     def __init__(

@@ -28,6 +28,14 @@ class Tile:
         block_k: Keys in a tile: a power of two, at least 16.
         num_warps: Warps that work on one program.
         num_stages: Depth of the software pipeline over tiles.
+
+    Raises:
+        ValueError: A size is no power of two, or a side below 16.
+
+    Examples:
+        >>> import scfa_jax
+        >>> scfa_jax.Tile(block_q=128, block_k=64, num_warps=8)
+        Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
     """
 
     block_q: int
@@ -54,7 +62,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Tiles of the three kernels: the forward pass, dq, and dk with dv."""
+    """The tiles of the three kernels.
+
+    Attributes:
+        forward: Of the forward pass.
+        dq: Of the kernel for the queries' gradients.
+        dkv: Of the kernel for those of keys and values.
+
+    Examples:
+        >>> import scfa_jax
+        >>> tile = scfa_jax.Tile(block_q=64, block_k=64)
+        >>> scfa_jax.BlockSizes(forward=tile, dq=tile, dkv=tile).fit(query_length=20, key_length=100).dq
+        Tile(block_q=32, block_k=64, num_warps=4, num_stages=3)
+    """
 
     forward: Tile
     dq: Tile

@@ -1,11 +1,14 @@
 """Bad input raises, before anything runs, an error that names the argument, what it was and what was expected."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import scfa_jax
+from scfa_jax.kernels import _compat
 
 X = jnp.zeros((2, 8, 4, 16))
 IDS = jnp.zeros((2, 8, 4), jnp.int32)
@@ -140,3 +143,28 @@ def test_checks_work_while_tracing(name):
 def test_a_traced_scale_is_refused():
     with pytest.raises(TypeError, match="scale must be a static float"):
         jax.jit(lambda s: causal(scale=s))(0.5)
+
+
+def gpu(name: str, capability: str):
+    return lambda: SimpleNamespace(platform="gpu", device_kind=name, compute_capability=capability)
+
+
+UNSUPPORTED = [("Tesla V100-SXM2-16GB", "7.0"), ("Quadro RTX 8000", "7.5"), ("AMD Instinct MI300X", "gfx942")]
+
+
+@pytest.mark.parametrize(("name", "capability"), UNSUPPORTED)
+def test_triton_on_a_gpu_that_it_does_not_support_names_the_gpu(name, capability, monkeypatch):
+    monkeypatch.setattr(_compat, "_gpu", gpu(name, capability))
+    with pytest.raises(NotImplementedError, match=rf'"triton".*capability 8\.0 or later, got {name} \({capability}\)'):
+        causal(implementation="triton")
+    assert not calls_kernels(hashed, num_buckets=4, implementation=("triton", "xla"))
+
+
+@pytest.mark.parametrize(("name", "capability"), [*UNSUPPORTED, ("NVIDIA A100", "8.0"), ("NVIDIA B200", "10.0")])
+def test_without_a_choice_such_gpus_get_plain_jax(name, capability, monkeypatch):
+    monkeypatch.setattr(_compat, "_gpu", gpu(name, capability))
+    assert calls_kernels(hashed, num_buckets=4) == ((name, capability) not in UNSUPPORTED)
+
+
+def calls_kernels(function, **options) -> bool:
+    return "pallas_call" in str(jax.make_jaxpr(lambda: function(**options))())

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -172,3 +173,15 @@ def test_make_takes_the_cuda_build_that_the_driver_asks_for(said, extras, note, 
     assert f"-e .[{extras}]\n" in run.stdout
     assert note in run.stderr
     assert bool(note) == bool(run.stderr)
+
+
+def test_the_wheel_ships_the_package_with_its_types_and_nothing_else(tmp_path):
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-W", "ignore", "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, capture_output=True, check=True)
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    sources = {str(path.relative_to(root)) for path in (root / "scfa_jax").rglob("*.py")}
+    assert "scfa_jax/py.typed" in names
+    assert {name for name in names if ".dist-info/" not in name} == sources | {"scfa_jax/py.typed"}

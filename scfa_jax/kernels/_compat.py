@@ -7,21 +7,35 @@ import importlib.util
 
 import jax
 
+# XLA compiles Triton kernels for no GPU older than this one.
+LEAST_COMPUTE_CAPABILITY = "8.0"
+
 
 def has_triton() -> bool:
-    """Whether this JAX still has Pallas's Triton backend."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    """Whether this JAX still has Pallas's Triton backend, and no GPU here is one that it cannot compile for."""
+    has_backend = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return has_backend and (_gpu() is None or gpu_problem() is None)
 
 
-def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU here, or an abstract one in context to lower for."""
+def gpu_problem() -> str | None:
+    """Why the kernels run on no GPU: neither on one that is here nor on an abstract one in context; None if they do."""
     device = _gpu()
-    return device is not None and device.platform in ("gpu", "cuda")
+    if device is None or device.platform not in ("gpu", "cuda"):
+        return "it needs an NVIDIA GPU, or an abstract one in context, and there is none"
+    # An abstract GPU has no compute capability; one of AMD has a name in its place, as in "gfx942".
+    capability = getattr(device, "compute_capability", LEAST_COMPUTE_CAPABILITY)
+    major = capability.partition(".")[0]
+    if major.isdecimal() and int(major) >= int(LEAST_COMPUTE_CAPABILITY.partition(".")[0]):
+        return None
+    return (
+        f"it needs an NVIDIA GPU of compute capability {LEAST_COMPUTE_CAPABILITY} or later, "
+        f"got {device.device_kind} ({capability})"
+    )
 
 
 def gpu_kind() -> str:
-    """The name of the GPU that has_gpu found, or an empty one."""
-    return _gpu().device_kind if has_gpu() else ""
+    """The name of the GPU that the kernels run on, or an empty one."""
+    return _gpu().device_kind if gpu_problem() is None else ""
 
 
 def _gpu():

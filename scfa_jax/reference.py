@@ -2,7 +2,8 @@
 
 Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`.
 They can be differentiated in both modes and any number of times, so this is also where to go for forward mode
-or second derivatives. Arguments are those of the operators in `scfa_jax`, without `implementation` and `block_sizes`.
+or second derivatives. The operators take the arguments of those in `scfa_jax`, with the same shapes and dtypes, but for
+`implementation` and `block_sizes`, and return the same.
 """
 
 from __future__ import annotations
@@ -70,7 +71,16 @@ def attention(
 
 
 def causal_mask(query_length: int, key_length: int, query_offset: jax.Array | int = 0) -> jax.Array:
-    """True where a key stands at or before the query: bool `[B or 1, 1, T, S]`."""
+    """True where a key stands at or before the query.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        query_offset: Position of the first query, int or int32 `[]` or `[B]`.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
     position = _positions(query_length, query_offset)
     return position[:, None, :, None] >= jnp.arange(key_length, dtype=jnp.int32)
 
@@ -100,14 +110,32 @@ def hash_mask(
 
 
 def keep_mask(query_keep: jax.Array, key_keep: jax.Array, *, query_offset: jax.Array | int = 0) -> jax.Array:
-    """True where query and key are both kept and the key is not later: bool `[B or 1, N or 1, T, S]`."""
+    """True where query and key are both kept and the key is not later.
+
+    Args:
+        query_keep: bool `[B or 1, T, N or 1]`.
+        key_keep: bool `[B or 1, S, K or 1]`.
+        query_offset: Position of the first query, int or int32 `[]` or `[B]`.
+
+    Returns:
+        bool `[B or 1, N or 1, T, S]`.
+    """
     query_keep, key_keep = _match_heads(query_keep, key_keep)
     both = query_keep.swapaxes(1, 2)[..., :, None] & key_keep.swapaxes(1, 2)[..., None, :]
     return both & causal_mask(query_keep.shape[1], key_keep.shape[1], query_offset)
 
 
 def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> jax.Array:
-    """True where `key_start <= key index < key_stop`: bool `[B or 1, N or 1, T, S]`."""
+    """True where `key_start <= key index < key_stop`.
+
+    Args:
+        key_start: int32 `[B or 1, T, N or 1]`.
+        key_stop: int32, likewise.
+        key_length: `S`.
+
+    Returns:
+        bool `[B or 1, N or 1, T, S]`.
+    """
     index = jnp.arange(key_length, dtype=jnp.int32)
     start, stop = (x.swapaxes(1, 2)[..., None] for x in (key_start, key_stop))
     return (start <= index) & (index < stop)

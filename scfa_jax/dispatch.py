@@ -33,6 +33,7 @@ def attend(query, key, value, index, scale, implementation, block_sizes, output_
         output = jnp.zeros(query.shape, options.output_dtype)
         logsumexp = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     else:
+        query, key, value = partitioning.aligned((query, key, value), (_ROWS, _of_key(key), _of_key(key)))
         output, logsumexp = _attend(options, query, key, value, index)
     if not has_batch:
         output, logsumexp = output[0], logsumexp[0]
@@ -119,6 +120,10 @@ _attend.defvjp(_attend_forward, _attend_backward)
 _ROWS, _VECTORS = "b.h.", "bh."
 
 
+def _of_key(key: jax.Array) -> str:
+    return _ROWS if key.shape[2] > 1 else "b..."
+
+
 @_differentiated_no_further
 def _results(options: _Options, query, key, value, index):
     run = functools.partial(_by_platform, options, _forward)
@@ -131,7 +136,7 @@ def _gradients(options: _Options, query, key, value, index, output, logsumexp, o
     gradients = (output_gradient.astype(query.dtype), logsumexp_gradient.swapaxes(1, 2))
     run = functools.partial(_by_platform, options, _backward)
     arrays = (_ROWS, _ROWS, _ROWS, _VECTORS, _ROWS, _VECTORS, _ROWS, _VECTORS)
-    of_key = _ROWS if key.shape[2] > 1 else "b...+"
+    of_key = _of_key(key) + partitioning.SUMMED
     return partitioning.split(run, arrays, (_ROWS, of_key, of_key))(
         query, key, value, index, output, logsumexp, *gradients
     )

@@ -45,6 +45,45 @@ def split(function: Callable, in_axes: Sequence[str], out_axes: Sequence[str]) -
     return call
 
 
+def aligned(arrays: Sequence[jax.Array], in_axes: Sequence[str]) -> list[jax.Array]:
+    """Gives arrays the types that work on their parts together needs, with gradients that add up again.
+
+    Args:
+        arrays: What is to be worked on.
+        in_axes: As `split` takes them.
+
+    Returns:
+        The arrays, sharded alike along axes of the same letter if their types say how they are sharded, and varying
+        over the same devices inside `jax.shard_map`.
+    """
+    mesh, explicit = _mesh()
+    if explicit:
+        shards = _shards_by_type(in_axes, arrays, mesh)
+        arrays = [jax.sharding.reshard(x, _spec(axes, shards)) for x, axes in zip(arrays, in_axes, strict=True)]
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    return [_varying(x, varying) for x in arrays]
+
+
+def varying_as(like: jax.Array, constants):
+    """Arrays that may vary over devices as `like` does: what a loop begins with, where it goes on with such arrays.
+
+    It changes types alone, and only inside `jax.shard_map` (with its default `check_vma`).
+    """
+    return jax.tree.map(lambda x: _varying(x, jax.typeof(like).mat.varying), constants)
+
+
+def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = axes - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def _mesh():
+    """The mesh in context and its explicit axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
 def _unless_shared(letter: str, size: int) -> str:
     return WHOLE if size == 1 else letter
 
@@ -65,26 +104,21 @@ def _mappable(function: Callable, in_axes: list[str], out_axes: list[str]) -> Ca
 
 
 def _split(function: Callable, in_axes: list[str], out_axes: list[str], arrays: Sequence[jax.Array]):
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    mesh, explicit = _mesh()
+    arrays = aligned(arrays, in_axes)
     if explicit:
-        return _by_type(function, in_axes, out_axes, arrays, mesh, explicit)
-    if mesh.axis_names and all(kind == AxisType.Manual for kind in mesh.axis_types):
-        return function(*arrays)
-    return _by_compiler(function, in_axes, out_axes)(*arrays)
-
-
-def _by_type(function, in_axes, out_axes, arrays, mesh, explicit):
-    """Splits arrays whose types say how they are sharded."""
-    shards = _shards(in_axes, arrays, [jax.typeof(x).sharding.spec for x in arrays], mesh.shape)
-    arrays = [jax.sharding.reshard(x, _spec(axes, shards)) for x, axes in zip(arrays, in_axes, strict=True)]
-    return jax.shard_map(
-        _summed(function, out_axes, shards),
-        in_specs=tuple(_spec(axes, shards) for axes in in_axes),
-        out_specs=tuple(_spec(axes, shards) for axes in out_axes),
-        axis_names=explicit,
-        check_vma=False,  # what is inside has no types for it
-    )(*arrays)
+        shards = _shards_by_type(in_axes, arrays, mesh)
+        function = jax.shard_map(
+            _summed(function, out_axes, shards),
+            in_specs=tuple(_spec(axes, shards) for axes in in_axes),
+            out_specs=tuple(_spec(axes, shards) for axes in out_axes),
+            axis_names=explicit,
+            check_vma=False,  # what is inside has no types for it
+        )
+    elif not mesh.manual_axes:  # where there are, JAX cannot tell how the others are used
+        function = _by_compiler(function, in_axes, out_axes)
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    return tuple(_varying(x, varying) for x in function(*arrays))
 
 
 def _by_compiler(function, in_axes, out_axes):
@@ -110,8 +144,12 @@ def _by_compiler(function, in_axes, out_axes):
     return run
 
 
+def _shards_by_type(in_axes, arrays, mesh) -> dict[str, tuple[str, ...]]:
+    return _shards(in_axes, arrays, [jax.typeof(x).sharding.spec for x in arrays], mesh.shape)
+
+
 def _shards(in_axes, arrays, specs, axis_sizes) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that each letter is sharded over: those of the first array that has any, as far as all can have it."""
+    """The mesh axes for each letter: those of the first array that has any, as far as all can have them."""
     shards: dict[str, tuple[str, ...]] = {}
     for axes, spec in zip(in_axes, specs, strict=True):
         for letter, names in zip(axes, spec, strict=False):

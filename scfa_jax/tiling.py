@@ -154,7 +154,7 @@ def key_bounds(
             lambda tile: first(tile) <= high_max,
         ),
         num_tiles(key_length, block_k),
-        low_min.shape,
+        low_min,
     )
     full_stop = jnp.minimum(full_stop, key_length // block_k)  # the rows past the end are no keys
     return _nested(start, full_start, full_stop, jnp.where(low_min <= high_max, stop, 0))
@@ -203,7 +203,7 @@ def query_bounds(
             lambda rows: low_min(rows) <= met_last,
         ),
         num_tiles(query_length, block_q),
-        tile.shape,
+        first,
     )
     # The rows past the end of a last, partial tile attend to nothing.
     return _nested(start, full_start, jnp.minimum(full_stop, query_length // block_q), stop)

@@ -37,7 +37,7 @@ def split(function: Callable, in_axes: Sequence[str], out_axes: Sequence[str]) -
     """
 
     def call(*arguments):
-        leaves, tree = jax.tree.flatten(arguments)
+        leaves, tree = jax.tree_util.tree_flatten(arguments)
         letters = [axes for axes, x in zip(in_axes, arguments, strict=True) for _ in jax.tree.leaves(x)]
         letters = ["".join(map(_unless_shared, axes, x.shape)) for axes, x in zip(letters, leaves, strict=True)]
         return _mappable(lambda *xs: tuple(function(*tree.unflatten(xs))), letters, list(out_axes))(*leaves)
@@ -56,10 +56,13 @@ def aligned(arrays: Sequence[jax.Array], in_axes: Sequence[str]) -> list[jax.Arr
         The arrays, sharded alike along axes of the same letter if their types say how they are sharded, and varying
         over the same devices inside `jax.shard_map`.
     """
-    mesh, explicit = _mesh()
+    mesh, explicit = _mesh(arrays)
     if explicit:
         shards = _shards_by_type(in_axes, arrays, mesh)
-        arrays = [jax.sharding.reshard(x, _spec(axes, shards)) for x, axes in zip(arrays, in_axes, strict=True)]
+        arrays = [
+            jax.sharding.reshard(x, NamedSharding(mesh, _spec(axes, shards)))
+            for x, axes in zip(arrays, in_axes, strict=True)
+        ]
     varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
     return [_varying(x, varying) for x in arrays]
 
@@ -77,9 +80,10 @@ def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def _mesh():
-    """The mesh in context and its explicit axes."""
-    mesh = jax.sharding.get_abstract_mesh()
+def _mesh(arrays: Sequence[jax.Array]):
+    """The mesh in context, or else that of the arrays' types, and its explicit axes."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    mesh = next((m for m in meshes if not m.empty), meshes[0])
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return mesh, {name for name, kind in kinds if kind == AxisType.Explicit}
 
@@ -104,7 +108,7 @@ def _mappable(function: Callable, in_axes: list[str], out_axes: list[str]) -> Ca
 
 
 def _split(function: Callable, in_axes: list[str], out_axes: list[str], arrays: Sequence[jax.Array]):
-    mesh, explicit = _mesh()
+    mesh, explicit = _mesh(arrays)
     arrays = aligned(arrays, in_axes)
     if explicit:
         shards = _shards_by_type(in_axes, arrays, mesh)
@@ -112,6 +116,7 @@ def _split(function: Callable, in_axes: list[str], out_axes: list[str], arrays: 
             _summed(function, out_axes, shards),
             in_specs=tuple(_spec(axes, shards) for axes in in_axes),
             out_specs=tuple(_spec(axes, shards) for axes in out_axes),
+            mesh=mesh,
             axis_names=explicit,
             check_vma=False,  # what is inside has no types for it
         )

@@ -54,9 +54,9 @@ def triton_call(kernel, *, tile, interpret: bool, out_shape, **options):
         varying = jax.typeof(jax.tree.leaves(operands)[0]).mat
         typed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
         shapes = jax.tree.map(typed, out_shape)
-        return pl.pallas_call(
-            kernel, interpret=interpret, compiler_params=params, out_shape=shapes, **options
-        )(*operands)
+        return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, out_shape=shapes, **options)(
+            *operands
+        )
 
     return call
 

@@ -2,6 +2,7 @@
 
 from scfa_jax import reference as reference
 from scfa_jax import remat as remat
+from scfa_jax import sharding as sharding
 from scfa_jax.attention import causal_attention as causal_attention
 from scfa_jax.attention import hash_sparse_attention as hash_sparse_attention
 from scfa_jax.attention import qk_sparse_attention as qk_sparse_attention

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from scfa_jax import _checks, remat
+from scfa_jax import _checks, partitioning, remat
 from scfa_jax import block_sizes as defaults
 from scfa_jax.kernels import _compat, xla
 from scfa_jax.sorting import Implementation
@@ -33,6 +33,7 @@ def attend(query, key, value, index, scale, implementation, block_sizes, output_
         output = jnp.zeros(query.shape, options.output_dtype)
         logsumexp = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     else:
+        query, key, value = partitioning.aligned((query, key, value), (_ROWS, _of_key(key), _of_key(key)))
         output, logsumexp = _attend(options, query, key, value, index)
     if not has_batch:
         output, logsumexp = output[0], logsumexp[0]
@@ -115,15 +116,30 @@ def _attend_backward(options: _Options, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+# Axes of batch and heads, along which devices share the work.
+_ROWS, _VECTORS = "b.h.", "bh."
+
+
+def _of_key(key: jax.Array) -> str:
+    return _ROWS if key.shape[2] > 1 else "b..."
+
+
 @_differentiated_no_further
 def _results(options: _Options, query, key, value, index):
-    return _by_platform(options, _forward, query, key, value, index)
+    run = functools.partial(_by_platform, options, _forward)
+    arrays = (_ROWS, _ROWS, _ROWS, _VECTORS)
+    return partitioning.split(run, arrays, (_ROWS, _VECTORS))(query, key, value, index)
 
 
 @_differentiated_no_further
 def _gradients(options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient):
     gradients = (output_gradient.astype(query.dtype), logsumexp_gradient.swapaxes(1, 2))
-    return _by_platform(options, _backward, query, key, value, index, output, logsumexp, *gradients)
+    run = functools.partial(_by_platform, options, _backward)
+    arrays = (_ROWS, _ROWS, _ROWS, _VECTORS, _ROWS, _VECTORS, _ROWS, _VECTORS)
+    of_key = _of_key(key) + partitioning.SUMMED
+    return partitioning.split(run, arrays, (_ROWS, of_key, of_key))(
+        query, key, value, index, output, logsumexp, *gradients
+    )
 
 
 def _by_platform(options: _Options, run, *arrays):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, remat, segments, sorting
+from scfa_jax import _checks, segments, sorting
 from scfa_jax.segments import Positions, Segments
 from scfa_jax.sorting import Implementation, iota, iota_like
 
@@ -280,16 +280,17 @@ def keep_index(
     high = line.last(query_place)
     # Dropped queries come last; repeating the largest `high` keeps the row ascending.
     last_high = jnp.max(jnp.where(query_kept, high, -1), axis=-1, keepdims=True, initial=-1)
+    # Heads that share their keys' mask need not share their queries', and a segment may end in dropped queries.
+    all_met = isinstance(line, Positions) and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
+    key_code = jnp.where(key_kept, key_place, NEVER)
     index = _index(
         line,
         key_place=key_place,
-        key_code=_up_to(jnp.where(key_kept, key_place, NEVER), last_high),
+        key_code=_up_to(key_code, last_high) if all_met else key_code,
         query_place=query_place,
         low=jnp.where(query_kept, line.first(0, query_place), NEVER),
         high=jnp.where(query_kept, high, last_high),
     )
-    # Heads that share their keys' mask need not share their queries', and a segment may end in dropped queries.
-    all_met = isinstance(line, Positions) and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
     return dataclasses.replace(index, all_met=all_met, density=0.25)
 
 
@@ -344,8 +345,7 @@ def range_index(
     if num_keys is not None:
         key_code = jnp.where(key_code < num_keys, key_code, NEVER)
     empty = start >= stop
-    ranges = (jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1), iota_like(start))
-    low, high, order = remat.named_index(jax.lax.sort(ranges, num_keys=1))
+    low, high, order = sorting.sorted_ranges(jnp.where(empty, NEVER, start), jnp.where(empty, -1, stop - 1))
     return SparseIndex(
         key_order=key_order,
         key_code=key_code,
@@ -360,9 +360,9 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
     """Sorts (bucket, place) packed into one int32, which is the code as well."""
     query_length = query_id.shape[-1]
     if key_id is None:
-        sorted_query = sorted_key = sort(query_id)
+        (sorted_query,) = (sorted_key,) = sort(query_id)
     else:
-        sorted_query, sorted_key = sorting.both(sort, query_id, key_id)
+        sorted_query, sorted_key = sort(query_id, key_id)
     key_length = sorted_key.shape[-1]
     bucket = jax.lax.div(sorted_query, _length(query_length)) * key_length
     query_place = jax.lax.rem(sorted_query, _length(query_length))
@@ -379,7 +379,7 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
 def _shared_rank_hash_index(ids: jax.Array, exclude_self: bool) -> SparseIndex:
     """Both sides have the same ids at the same positions: the code is the rank of one stable sort."""
     rank = iota_like(ids)
-    sorted_id, order = sorting.sorted_ids(ids)
+    ((sorted_id, order),) = sorting.sorted_ids(ids)
     return SparseIndex(
         key_order=order,
         key_code=rank,
@@ -397,7 +397,7 @@ def _rank_hash_index(
     heads, key_heads = max(query_id.shape[1], key_id.shape[1]), key_id.shape[1]
     query_id = jnp.broadcast_to(query_id, (batch, heads, query_id.shape[-1]))
     key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_id.shape[-1]))
-    (query_id, query_place), (key_id, key_place) = sorting.both(sorting.sorted_ids, query_id, key_id)
+    (query_id, query_place), (key_id, key_place) = sorting.sorted_ids(query_id, key_id)
     low, high = line.ranges(query_id, query_place, key_id, key_place, implementation)
     return _index(line, key_place=key_place, key_code=iota_like(key_id), query_place=query_place, low=low, high=high)
 

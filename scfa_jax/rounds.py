@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from scfa_jax import partitioning
 from scfa_jax.merge import signed_merge
 from scfa_jax.sorting import iota_like
 
@@ -78,26 +79,50 @@ def _jointly(one: _Hash, other: _Hash) -> _Hash:
             of_key = None if one.of_key is None else pair(one.of_key, other.of_key)
             return _Hash(pair(one.of_query, other.of_query), of_key, num_buckets)
     if one.of_key is None or other.of_key is None:
-        return _Hash(_numbered_pairs([one.of_query], [other.of_query])[0], None, None)
-    of_query, of_key = _numbered_pairs([one.of_query, one.of_key], [other.of_query, other.of_key])
+        return _Hash(_numbered(one.of_query, other.of_query)[0], None, None)
+    of_key, of_query = _numbered(one.of_key, other.of_key, one.of_query, other.of_query)
     return _Hash(of_query, of_key, None)
 
 
-def _numbered_pairs(ones: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-    """Numbers the different pairs of ids, over all arrays of a side and their heads, within each batch element."""
-    batch = max(x.shape[0] for x in ones)
-    flat = [
-        jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])).reshape(batch, -1) for x in xs], axis=1)
-        for xs in (ones, others)
-    ]
-    one, other, place = jax.lax.sort((*flat, iota_like(flat[0])), num_keys=2, is_stable=False)
-    is_new = (one[:, 1:] != one[:, :-1]) | (other[:, 1:] != other[:, :-1])
-    number = jnp.cumsum(jnp.pad(is_new, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)[:, : one.shape[1]]
-    _, number = jax.lax.sort((place, number), num_keys=1, is_stable=False)
-    parts, start = [], 0
-    for x in ones:
-        shape = (batch, *x.shape[1:])
-        size = x.shape[1] * x.shape[2]
-        parts.append(number[:, start : start + size].reshape(shape))
-        start += size
-    return parts
+def _numbered(one: jax.Array, other: jax.Array, *of_query: jax.Array) -> tuple[jax.Array, ...]:
+    """Numbers the different pairs of ids that the keys of each head have, and finds the numbers of queries' pairs.
+
+    The numbers say nothing about queries, so that devices which share keys agree on them.
+
+    Args:
+        one: int32 `[B, S, K]`, one id of each key.
+        other: int32, the other one.
+        *of_query: int32 `[B, T, N]`, both ids of each query; or nothing.
+
+    Returns:
+        int32 numbers of keys, and of queries: -1 for those with a pair that no key has.
+    """
+    axes = ["b.h"] * (2 + len(of_query))
+    of_key = "b.h" if one.shape[2] > 1 else "b.."
+    return partitioning.split(_number, axes, [of_key, "b.h"][: len(axes) // 2])(one, other, *of_query)
+
+
+def _number(one: jax.Array, other: jax.Array, *of_query: jax.Array) -> tuple[jax.Array, ...]:
+    key_length, key_heads = one.shape[1:]
+    sides = [(one, other), of_query] if of_query else [(one, other)]
+    batch = max(x.shape[0] for side in sides for x in side)
+
+    def by_key_head(x):
+        heads = max(x.shape[2], key_heads)
+        x = jnp.broadcast_to(x, (batch, x.shape[1], heads)).swapaxes(1, 2)
+        return x.reshape(batch, key_heads, -1)
+
+    one, other = (jnp.concatenate([by_key_head(x) for x in xs], axis=2) for xs in zip(*sides, strict=True))
+    one, other, place = jax.lax.sort((one, other, iota_like(one)), num_keys=3, is_stable=False)
+    is_key = place < key_length  # the first of their pair, if there are any
+    is_new = (one[..., 1:] != one[..., :-1]) | (other[..., 1:] != other[..., :-1])
+    is_new = jnp.pad(is_new, ((0, 0), (0, 0), (1, 0)), constant_values=True)[..., : one.shape[2]]
+    number = jnp.cumsum(is_new & is_key, axis=2, dtype=jnp.int32)
+    has_key = jax.lax.cummax(jnp.where(is_new, 2 * iota_like(place) + is_key, 0), axis=2) % 2 == 1
+    _, number = jax.lax.sort((place, jnp.where(has_key, number, -1)), num_keys=1, is_stable=False)
+    parts = jnp.split(number, [key_length], axis=2)[: len(sides)]
+    lengths = [side[0].shape[1] for side in sides]
+    return tuple(
+        x.reshape(batch, -1 if length else key_heads, length).swapaxes(1, 2)
+        for x, length in zip(parts, lengths, strict=True)
+    )

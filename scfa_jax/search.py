@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scfa_jax.partitioning import varying_as
+
 
 def count_leading(
-    holds: Sequence[Callable[[jax.Array], jax.Array]], length: int, shape: tuple[int, ...]
+    holds: Sequence[Callable[[jax.Array], jax.Array]], length: int, like: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Counts the leading elements of sequences for which a condition holds: first it does, then no longer.
 
     Args:
-        holds: Conditions, searched side by side. Each takes int32 element numbers of `shape`, in `[0, length)`, and
-            tells whether it holds there.
+        holds: Conditions, searched side by side. Each takes int32 element numbers of the shape of `like`, in
+            `[0, length)`, and tells whether it holds there.
         length: Length of the sequences, at least 1.
-        shape: One search for each element.
+        like: One search for each element; it varies over the devices of a mesh as the conditions do.
 
     Returns:
-        int32 of `shape` for each condition, in `[0, length]`.
+        int32 of that shape for each condition, in `[0, length]`.
     """
 
     def halve(_, ends):
@@ -33,7 +35,8 @@ def count_leading(
         held = condition(jnp.minimum(middle, np.int32(length - 1)))
         return jnp.where(is_open & held, middle + 1, first), jnp.where(is_open & ~held, middle, last)
 
-    ends = (jnp.zeros(shape, jnp.int32), jnp.full(shape, length, jnp.int32))
+    ends = (jnp.zeros(like.shape, jnp.int32), jnp.full(like.shape, length, jnp.int32))
+    ends = varying_as(like, ends)
     return tuple(first for first, _ in jax.lax.fori_loop(0, length.bit_length(), halve, (ends,) * len(holds)))
 
 
@@ -56,7 +59,7 @@ def key_ranges(
 
     is_before = lambda i: at(key_id, i) < query_id
     is_seen = lambda i: is_up_to(at(key_id, i), at(key_position, i), query_id, last_position)
-    before, seen = count_leading((is_before, is_seen), length, query_id.shape)
+    before, seen = count_leading((is_before, is_seen), length, query_id)
     return before, seen - 1
 
 

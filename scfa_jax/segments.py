@@ -203,12 +203,11 @@ def _check_both_given(
 
 def at_places(x: jax.Array, place: jax.Array | None) -> jax.Array:
     """The entries of `[B, 1, L]` at places `[B, N, M]`, or all of them."""
-    return x if place is None else jnp.take_along_axis(x, place, axis=-1, mode="clip")
+    return x if place is None else sorting.take(x, place)
 
 
 def _lined_up(x: jax.Array, order: jax.Array, count: jax.Array, padding) -> jax.Array:
-    x = jnp.take_along_axis(x, order, axis=-1, mode="clip")
-    return jnp.where(iota_like(order) < count, x, jnp.asarray(padding, x.dtype))
+    return jnp.where(iota_like(order) < count, sorting.take(x, order), jnp.asarray(padding, x.dtype))
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def _sides(
 
 
 def _side(name: str, segment_ids: jax.Array, length: int) -> _Side:
-    segment, order = sorting.sorted_ids(_segments(name, segment_ids, length))
+    ((segment, order),) = sorting.sorted_ids(_segments(name, segment_ids, length))
     return _Side(order, segment, jnp.sum(segment < 0, axis=-1, keepdims=True, dtype=jnp.int32))
 
 

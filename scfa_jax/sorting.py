@@ -6,57 +6,82 @@ Results are named for checkpoint policies: what follows from them is cheap to co
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from scfa_jax import remat, search
+from scfa_jax import partitioning, remat, search
 from scfa_jax.kernels import _compat
 
 Implementation = str | Sequence[str] | None
 
 
-def both(sort, query_id: jax.Array, key_id: jax.Array):
-    """Sorts the ids of both sides: at once where they are alike, since a sort costs mostly its kernel launches."""
-    if query_id.shape != key_id.shape:
-        return sort(query_id), sort(key_id)
-    result, batch = sort(jnp.concatenate([query_id, key_id])), query_id.shape[0]
-    return jax.tree.map(lambda x: x[:batch], result), jax.tree.map(lambda x: x[batch:], result)
+def sorted_ids(*sides: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Of the ids `[B, N, L]` of one or both sides: ascending, and where each stood, ascending among equal ids."""
+
+    def by_comparison(ids):
+        # Rows as a second key need no stable sort, and take half the room in one where 16 bits hold them.
+        dtype = jnp.uint16 if ids.shape[-1] <= 2**16 else jnp.int32
+        row = jax.lax.broadcasted_iota(dtype, ids.shape, ids.ndim - 1)
+        result, order = jax.lax.sort((ids, row), num_keys=2, is_stable=False)
+        return result, order.astype(jnp.int32)
+
+    return _sorted(by_comparison, 2, sides)
 
 
-def sorted_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The ids `[B, N, L]` in ascending order, and where each stood, ascending among equal ids."""
-    # Rows as a second key need no stable sort, and take half the room in one where 16 bits hold them.
-    dtype = jnp.uint16 if ids.shape[-1] <= 2**16 else jnp.int32
-    row = jax.lax.broadcasted_iota(dtype, ids.shape, ids.ndim - 1)
-    result, order = jax.lax.sort((ids, row), num_keys=2, is_stable=False)
-    return remat.named_index((result, order.astype(jnp.int32)))
-
-
-def sorted_codes(ids: jax.Array, num_buckets: int, implementation: Implementation) -> jax.Array:
-    """Sorts `[B, N, L]` rows by (bucket, row), both packed into one int32: `id * L + row`."""
-    ids = jnp.clip(ids, 0, num_buckets - 1)  # so that a broken promise stays within memory
+def sorted_codes(*sides: jax.Array, num_buckets: int, implementation: Implementation) -> tuple[jax.Array, ...]:
+    """Sorts `[B, N, L]` rows of one or both sides by (bucket, row), both packed into one int32: `id * L + row`."""
 
     def by_comparison(ids):
         return jax.lax.sort(ids * ids.shape[-1] + iota(ids.shape[-1]), is_stable=False)
 
-    if ids.size == 0 or not wants_kernels(implementation):
-        return remat.named_index(by_comparison(ids))
-    from scfa_jax.kernels import triton_sort  # here, so that a JAX without the backend can import the rest
+    def sort(ids):
+        ids = jnp.clip(ids, 0, num_buckets - 1)  # so that a broken promise stays within memory
+        if ids.size == 0 or not wants_kernels(implementation):
+            return (by_comparison(ids),)
+        from scfa_jax.kernels import triton_sort  # here, so that a JAX without the backend can import the rest
 
-    if num_buckets > triton_sort.MAX_BUCKETS:
-        return remat.named_index(by_comparison(ids))
-    by_counting = functools.partial(triton_sort.sorted_codes, num_buckets=num_buckets, interpret=False)
-    return remat.named_index(jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison))
+        if num_buckets > triton_sort.MAX_BUCKETS:
+            return (by_comparison(ids),)
+        by_counting = functools.partial(triton_sort.sorted_codes, num_buckets=num_buckets, interpret=False)
+        return (jax.lax.platform_dependent(ids, cuda=by_counting, default=by_comparison),)
+
+    return tuple(codes for (codes,) in _sorted(sort, 1, sides))
+
+
+def _sorted(sort: Callable, num_results: int, sides: Sequence[jax.Array]) -> tuple:
+    """Sorts each side: at once where they are alike, since a sort costs mostly its kernel launches."""
+    if len({x.shape for x in sides}) > 1:
+        return tuple(result for x in sides for result in _sorted(sort, num_results, (x,)))
+
+    def at_once(*sides):
+        results = sort(jnp.concatenate(sides))
+        return [x for parts in zip(*(jnp.split(x, len(sides)) for x in results), strict=True) for x in parts]
+
+    flat = partitioning.split(at_once, ["bh."] * len(sides), ["bh."] * (len(sides) * num_results))(*sides)
+    flat = remat.named_index(flat)
+    return tuple(flat[i : i + num_results] for i in range(0, len(flat), num_results))
 
 
 def kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Array, jax.Array]:
     """Order of rows `[B, N, L]` with the kept ones first, otherwise as they are, and whether each row in it is kept."""
     length = keep.shape[-1]
-    packed = sorted_codes(jnp.where(keep, 0, 1).astype(jnp.int32), 2, implementation)
+    (packed,) = sorted_codes(jnp.where(keep, 0, 1).astype(jnp.int32), num_buckets=2, implementation=implementation)
     kept = packed < length
     return jnp.where(kept, packed, packed - length), kept
+
+
+def sorted_ranges(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both `[B, N, L]` in ascending order of `start`, and where each stood."""
+    sort = lambda *ranges: jax.lax.sort((*ranges, iota_like(ranges[0])), num_keys=1)
+    return remat.named_index(partitioning.split(sort, ["bh.", "bh."], ["bh."] * 3)(start, stop))
+
+
+def take(x: jax.Array, place: jax.Array) -> jax.Array:
+    """The entries of `[B, N, L]` at places `[B, N, M]` of the last axis; either side may have axes of 1."""
+    at = lambda x, place: (jnp.take_along_axis(x, place, axis=-1, mode="clip"),)
+    return partitioning.split(at, ["bh.", "bh."], ["bh."])(x, place)[0]
 
 
 def run_start(sorted_id: jax.Array, value: jax.Array) -> jax.Array:
@@ -82,12 +107,15 @@ def key_ranges(
             query_id, last_position, *(jnp.repeat(x, query_id.shape[1] // x.shape[1], axis=1) for x in keys)
         )
 
-    if not wants_kernels(implementation):
-        return remat.named_index(plain(*operands))
-    from scfa_jax.kernels import triton_search
+    def find(*operands):
+        if not wants_kernels(implementation):
+            return plain(*operands)
+        from scfa_jax.kernels import triton_search
 
-    by_kernel = functools.partial(triton_search.key_ranges, interpret=False)
-    return remat.named_index(jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain))
+        by_kernel = functools.partial(triton_search.key_ranges, interpret=False)
+        return jax.lax.platform_dependent(*operands, cuda=by_kernel, default=plain)
+
+    return remat.named_index(partitioning.split(find, ["bh."] * 4, ["bh."] * 2)(*operands))
 
 
 def wants_kernels(implementation: Implementation) -> bool:

@@ -7,6 +7,7 @@ tiles alone, never from pairs or from a search per element.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -173,7 +174,7 @@ def key_bounds(
             lambda tile: first(tile) <= high_max,
         ),
         num_tiles(key_length, block_k),
-        low_min.shape,
+        low_min,
     )
     full_stop = jnp.minimum(full_stop, key_length // block_k)  # the rows past the end are no keys
     return _nested(start, full_start, full_stop, jnp.where(low_min <= high_max, stop, 0))
@@ -222,7 +223,7 @@ def query_bounds(
             lambda rows: low_min(rows) <= met_last,
         ),
         num_tiles(query_length, block_q),
-        tile.shape,
+        first,
     )
     # The rows past the end of a last, partial tile attend to nothing.
     return _nested(start, full_start, jnp.minimum(full_stop, query_length // block_q), stop)
@@ -237,22 +238,24 @@ def align_heads(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _edges(index: SparseIndex, block_q: int, block_k: int) -> list[jax.Array]:
     """Edges of all tiles: low_min, low_max, high_min, high_max `[B, N, tiles]`; first and last code, likewise."""
     length = index.query_length
-    begin, end = _first_and_last_rows(length, block_q)
+    low_min, low_max = _first_and_last_rows(index.low, block_q)
     if index.ascending:
-        high_min, high_max = index.high[..., begin], index.high[..., end]
+        high_min, high_max = _first_and_last_rows(index.high, block_q)
     else:
         padding = num_tiles(length, block_q) * block_q - length
         high_max = _by_tile(index.high, padding, -1, block_q).max(-1)
         high_min = _by_tile(index.high, padding, NEVER, block_q).min(-1)
-    first, last = (index.key_code[..., rows] for rows in _first_and_last_rows(index.key_length, block_k))
-    edges = align_heads(index.low[..., begin], index.low[..., end], high_min, high_max, first, last)
+    first, last = _first_and_last_rows(index.key_code, block_k)
+    edges = align_heads(low_min, low_max, high_min, high_max, first, last)
     entries = np.broadcast_shapes(*(x.shape[:2] for x in edges))
     return [jnp.broadcast_to(x, (*entries, x.shape[2])) for x in edges]
 
 
-def _first_and_last_rows(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    begin = np.arange(num_tiles(length, block)) * block
-    return begin, np.minimum(begin + block, length) - 1
+def _first_and_last_rows(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    every = functools.partial(jax.lax.slice_in_dim, x, limit_index=None, stride=block, axis=2)
+    length = x.shape[2]
+    first, last = every(0), every(min(block - 1, length))
+    return first, last if length % block == 0 else jnp.concatenate([last, x[..., -1:]], axis=2)
 
 
 def _at(edges: jax.Array) -> Edge:

@@ -48,20 +48,31 @@ def _gpu():
         return None
 
 
-def triton_call(kernel, *, tile, interpret: bool, **options):
+def triton_call(kernel, *, tile, interpret: bool, out_shape, **options):
     """`pallas_call` on the Triton backend, or in the interpreter.
 
     Args:
         kernel: The kernel body.
         tile: A `tiling.Tile`, for its warps and stages.
         interpret: Whether to run the kernel as plain JAX.
+        out_shape: Shapes and dtypes of the results.
         **options: As `pallas_call` takes them.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     params = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, **options)
+
+    def call(*operands):
+        # Inside of jax.shard_map the results vary over devices as the operands do, which are all alike.
+        varying = jax.typeof(jax.tree.leaves(operands)[0]).mat
+        typed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+        shapes = jax.tree.map(typed, out_shape)
+        return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, out_shape=shapes, **options)(
+            *operands
+        )
+
+    return call
 
 
 def dot_for(dtype, *, interpret: bool):

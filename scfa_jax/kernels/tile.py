@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from scfa_jax.partitioning import varying_as
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
@@ -49,6 +51,7 @@ def walk(bounds, visit: Callable, carry):
         The carry after the last tile.
     """
     start, full_start, full_stop, stop = bounds
+    carry = varying_as(start, carry)
     carry = jax.lax.fori_loop(start, full_start, lambda i, c: visit(i, c, "start"), carry)
     carry = jax.lax.fori_loop(full_start, full_stop, lambda i, c: visit(i, c, None), carry)
     return jax.lax.fori_loop(full_stop, stop, lambda i, c: visit(i, c, "stop"), carry)

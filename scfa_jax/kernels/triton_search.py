@@ -81,7 +81,7 @@ def _mark_kernel(low_ref, reach_ref, code_ref, marked_ref, *, block: int):
     def meets_head(g, is_met):
         on_query = shared_entry(key_head * np.int32(group) + g, heads, query_entries)
         begins = lambda i: plgpu.load(low_ref.at[on_query, i]) <= code
-        (begun,) = search.count_leading((begins,), query_length, code.shape)
+        (begun,) = search.count_leading((begins,), query_length, code)
         reach = plgpu.load(reach_ref.at[on_query, jnp.maximum(begun - 1, 0)])
         return is_met | ((begun > 0) & (reach >= code)).astype(jnp.int32)
 
@@ -102,6 +102,6 @@ def _range_kernel(query_id_ref, last_ref, key_id_ref, key_position_ref, low_ref,
         return search.is_up_to(key_id, position, query_id, last_position)
 
     is_before = lambda i: plgpu.load(key_id_ref.at[on_key, i]) < query_id
-    before, seen = search.count_leading((is_before, is_seen), key_length, query_id.shape)
+    before, seen = search.count_leading((is_before, is_seen), key_length, query_id)
     queries.store_vector(low_ref, head, before)
     queries.store_vector(high_ref, head, seen - 1)

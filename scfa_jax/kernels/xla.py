@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from scfa_jax import tiling
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import tile
+from scfa_jax.partitioning import varying_as
 from scfa_jax.tiling import Tile
 
 
@@ -143,7 +144,7 @@ def backward(
         zeros = jnp.zeros((length, key.shape[3]), jnp.float32)
         (dk, dv), dq = jax.lax.scan(
             lambda carry, g: one_query_head(b, k * group + g, carry),
-            (zeros, zeros),
+            varying_as(key, (zeros, zeros)),
             jnp.arange(group, dtype=jnp.int32),
         )
         head = _Head.read(index, bounds, b, k * group, num_heads, block)

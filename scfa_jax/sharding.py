@@ -1,0 +1,65 @@
+"""Attention over sequences that are sharded: heads for sequence and back, for use inside `jax.shard_map`.
+
+Batch and heads need nothing from here: the operators run on each device's own part of them, under plain `jit`, on
+meshes with auto or explicit axes, and inside `jax.shard_map`. A query may attend to keys anywhere in its sequence, so
+that a sharded sequence must come together. Before attention each device gives away its part of the sequence of most
+heads for the whole sequence of a few; afterwards it takes it back. Source: Jacobs et al. 2023, "DeepSpeed Ulysses".
+
+    def attend(query, key, value, query_hash, key_hash):  # all [B, T / devices, N, ...]
+        arrays = (to_heads(x, "sequence") for x in (query, key, value, query_hash, key_hash))
+        return to_sequence(scfa_jax.hash_sparse_attention(*arrays), "sequence")
+
+    spec = P(None, "sequence")
+    output = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(query, key, value, query_hash, key_hash)
+
+What has no heads, such as segment ids `[B, T / devices]`, is gathered: `jax.lax.all_gather(x, "sequence", axis=1,
+tiled=True)`.
+"""
+
+from __future__ import annotations
+
+import jax
+
+
+def to_heads(x: jax.Array, axis_name: str) -> jax.Array:
+    """Exchanges a part of the sequence of all heads for the whole sequence of this device's heads.
+
+    Args:
+        x: `[B, T / devices, N, ...]`: queries, keys or values, or hashes, masks or ranges of each head.
+        axis_name: The mesh axis that the sequence is sharded over, manual here.
+
+    Returns:
+        `[B, T, N / devices, ...]`. Gradients go the other way.
+
+    Raises:
+        ValueError: The number of heads is no multiple of the size of the axis.
+    """
+    size = jax.lax.axis_size(axis_name)
+    if x.ndim < 3 or x.shape[2] % size:
+        raise ValueError(
+            f"x must be [B, T, N, ...] with a number of heads N that is a multiple of the {size} devices along "
+            f"{axis_name!r}, got shape {x.shape}."
+        )
+    return jax.lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
+
+
+def to_sequence(x: jax.Array, axis_name: str) -> jax.Array:
+    """Exchanges the whole sequence of this device's heads for a part of the sequence of all heads.
+
+    Args:
+        x: `[B, T, N / devices, ...]`: the output of attention, or its log-sum-exp.
+        axis_name: As `to_heads` takes it.
+
+    Returns:
+        `[B, T / devices, N, ...]`. Gradients go the other way.
+
+    Raises:
+        ValueError: The length of the sequence is no multiple of the size of the axis.
+    """
+    size = jax.lax.axis_size(axis_name)
+    if x.ndim < 3 or x.shape[1] % size:
+        raise ValueError(
+            f"x must be [B, T, N, ...] with a length T that is a multiple of the {size} devices along "
+            f"{axis_name!r}, got shape {x.shape}."
+        )
+    return jax.lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)

@@ -40,7 +40,7 @@ def split(function: Callable, in_axes: Sequence[str], out_axes: Sequence[str]) -
         leaves, tree = jax.tree_util.tree_flatten(arguments)
         letters = [axes for axes, x in zip(in_axes, arguments, strict=True) for _ in jax.tree.leaves(x)]
         letters = ["".join(map(_unless_shared, axes, x.shape)) for axes, x in zip(letters, leaves, strict=True)]
-        return _mappable(lambda *xs: tuple(function(*tree.unflatten(xs))), letters, list(out_axes))(*leaves)
+        return _mappable(lambda *xs: tuple(function(*jax.tree.unflatten(tree, xs))), letters, list(out_axes))(*leaves)
 
     return call
 

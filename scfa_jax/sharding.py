@@ -34,13 +34,7 @@ def to_heads(x: jax.Array, axis_name: str) -> jax.Array:
     Raises:
         ValueError: The number of heads is no multiple of the size of the axis.
     """
-    size = jax.lax.axis_size(axis_name)
-    if x.ndim < 3 or x.shape[2] % size:
-        raise ValueError(
-            f"x must be [B, T, N, ...] with a number of heads N that is a multiple of the {size} devices along "
-            f"{axis_name!r}, got shape {x.shape}."
-        )
-    return jax.lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
+    return _exchange(x, axis_name, split=2, gathered=1, what="number of heads N")
 
 
 def to_sequence(x: jax.Array, axis_name: str) -> jax.Array:
@@ -56,10 +50,15 @@ def to_sequence(x: jax.Array, axis_name: str) -> jax.Array:
     Raises:
         ValueError: The length of the sequence is no multiple of the size of the axis.
     """
+    return _exchange(x, axis_name, split=1, gathered=2, what="length T")
+
+
+def _exchange(x: jax.Array, axis_name: str, *, split: int, gathered: int, what: str) -> jax.Array:
+    """Cuts one axis among the devices and gathers the other from them."""
     size = jax.lax.axis_size(axis_name)
-    if x.ndim < 3 or x.shape[1] % size:
+    if x.ndim < 3 or x.shape[split] % size:
         raise ValueError(
-            f"x must be [B, T, N, ...] with a length T that is a multiple of the {size} devices along "
-            f"{axis_name!r}, got shape {x.shape}."
+            f"x must be [B, T, N, ...] with a {what} that is a multiple of the {size} devices along {axis_name!r}, "
+            f"got shape {x.shape}."
         )
-    return jax.lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
+    return jax.lax.all_to_all(x, axis_name, split_axis=split, concat_axis=gathered, tiled=True)

@@ -103,24 +103,29 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert [step for step, _ in values[0]] == ([0, 8, STEPS] if at_evaluation else list(range(1, STEPS + 1)))
 
 
-def _stops_at_batch(count: int, number: signal.Signals):
-    """`training_batches` whose iterator brings a signal with its `count`-th batch."""
+def _batches_that(act, count: int):
+    """`training_batches` whose iterator calls `act` with its `count`-th batch."""
 
     def make(*arguments):
         batches = training_batches(*arguments)
         unpatched, seen = type(batches).__next__, []
 
-        class Stopping(type(batches)):  # orbax's handler wants the real type
+        class Acting(type(batches)):  # orbax's handler wants the real type
             def __next__(self):
                 seen.append(None)
                 if len(seen) == count:
-                    signal.raise_signal(number)
+                    act()
                 return unpatched(self)
 
-        batches.__class__ = Stopping
+        batches.__class__ = Acting
         return batches
 
     return make
+
+
+def _stops_at_batch(count: int, number: signal.Signals):
+    """`training_batches` whose iterator brings a signal with its `count`-th batch."""
+    return _batches_that(lambda: signal.raise_signal(number), count)
 
 
 def test_a_run_leaves_its_record_a_plot_a_sample_and_a_checkpoint(start, tmp_path, capsys):
@@ -297,24 +302,11 @@ def test_no_more_room_while_training_is_one_line_and_the_run_resumes(
     folder = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def make(*arguments):
-        """Batches; from the one before `at_step` on the system lets no file grow any more."""
-        batches = training_batches(*arguments)
-        unpatched, seen = type(batches).__next__, []
-
-        class Filling(type(batches)):  # orbax's handler wants the real type
-            def __next__(self):
-                seen.append(None)
-                if len(seen) == at_step:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-                return unpatched(self)
-
-        batches.__class__ = Filling
-        return batches
+    no_more = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # lets no file grow any more
 
     fake_steps(1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(train.run, "training_batches", make)
+        patch.setattr(train.run, "training_batches", _batches_that(no_more, at_step))
         try:
             code = start(attention="dense", out=folder, log_every=4 if at_step == 4 else 100)
         finally:

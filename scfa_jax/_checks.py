@@ -134,6 +134,14 @@ def starts_at_zero(query_offset: Any) -> bool:
     return isinstance(query_offset, int) and query_offset == 0
 
 
+def static_int(name: str, value: Any, least: int) -> None:
+    """Checks a number that decides shapes or launches."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a static int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
 def num_buckets(value: int | None) -> None:
     """Checks the promise about bucket ids."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):

@@ -146,14 +146,13 @@ def causal_index(
     line = segments.line_up(
         query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation, window=windows
     )
-    high = line.last()
     index = _index(
         line,
         key_place=None,
         key_code=iota(key_length)[None, None],
         query_place=None,
-        low=line.first(jnp.zeros_like(high)),
-        high=high,
+        low=line.first(),
+        high=line.last(),
     )
     is_aligned = key_segment_ids is None and _checks.starts_at_zero(query_offset)
     return dataclasses.replace(
@@ -306,7 +305,7 @@ def keep_index(
         key_place=key_place,
         key_code=_up_to(key_code, last_high) if all_met else key_code,
         query_place=query_place,
-        low=jnp.where(query_kept, line.first(0, query_place), NEVER),
+        low=jnp.where(query_kept, line.first(query_place), NEVER),
         high=jnp.where(query_kept, high, last_high),
     )
     return dataclasses.replace(index, all_met=all_met, density=0.25 if window is None else _WINDOWED)
@@ -389,7 +388,7 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
         key_place=jax.lax.rem(sorted_key, _length(key_length)),
         key_code=sorted_key,
         query_place=query_place,
-        low=line.first(bucket, query_place),
+        low=bucket + line.first(query_place),
         high=bucket + line.last(query_place),
     )
 

@@ -159,6 +159,26 @@ def window_mask(
     return distance < jnp.atleast_2d(window)[:, :, None, None]
 
 
+def sink_mask(
+    query_length: int, key_length: int, num_sinks: int, key_segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """True at the first `num_sinks` keys, or at as many of each segment, for all queries.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        num_sinks: How many.
+        key_segment_ids: int32 `[B or 1, S]` or `[S]`; None for one segment.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
+    ids = jnp.zeros((1, key_length), jnp.int32) if key_segment_ids is None else jnp.atleast_2d(key_segment_ids)
+    is_earlier = jnp.tril(ids[:, :, None] == ids[:, None, :], k=-1)
+    is_sink = is_earlier.sum(axis=2)[:, None, None] < num_sinks
+    return jnp.broadcast_to(is_sink, (ids.shape[0], 1, query_length, key_length))
+
+
 def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Array:
     """True where query and key have the same segment id and it is not below 0.
 
@@ -224,6 +244,18 @@ def range_attention(query, key, value, key_start, key_stop, **options):
     return _finish(query, key, value, mask, **options)
 
 
+def window_attention(
+    query, key, value, window, *, num_sinks=0, query_offset=0, query_segment_ids=None, key_segment_ids=None, **options
+):
+    """Dense `scfa_jax.window_attention`."""
+    lengths = query.shape[-3], key.shape[-3]
+    key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+    seen = window_mask(*lengths, window, query_offset) | sink_mask(*lengths, num_sinks, key_segment_ids)
+    mask = causal_mask(*lengths, query_offset) & seen
+    segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}
+    return _finish(query, key, value, mask, **segments, **options)
+
+
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
     """Dense `scfa_jax.merge_attention`: a softmax over the parts."""
     dtype = jnp.result_type(*outputs) if output_dtype is None else output_dtype
@@ -244,7 +276,7 @@ def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
 
 def _in_window(mask: jax.Array, window: jax.Array | int | None, query_offset: jax.Array | int) -> jax.Array:
     """The part of the mask `[B or 1, N or 1, T, S]` that lies in the window, if there is one."""
-    return mask if window is None else mask & window_mask(*mask.shape[2:], window, query_offset)
+    return mask if window is None else mask & window_mask(mask.shape[2], mask.shape[3], window, query_offset)
 
 
 def _match_heads(on_query: jax.Array, on_key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ import numpy as np
 from scfa_jax import _checks, sorting
 from scfa_jax.sorting import Implementation, iota, iota_like
 
-Base = TypeVar("Base", jax.Array, int)
 _SIGN_BIT = np.int32(-(2**31))
 
 
@@ -47,12 +45,12 @@ class Positions:
         """Lines up `[B, K, S]`."""
         return x
 
-    def first(self, base: Base, place: jax.Array | None = None) -> Base:
-        """The place of the first key that queries may see, plus `base`; of all queries, or of those at `place`."""
-        if self.first_of_first is None:
-            return base
+    def first(self, place: jax.Array | None = None) -> jax.Array:
+        """The place of the first key that queries may see; of all queries, or of those at `place`."""
         place = iota(self.query_length) if place is None else place
-        return base + jnp.clip(self.first_of_first + place, 0, self.key_length)
+        if self.first_of_first is None:
+            return jnp.zeros_like(place)
+        return jnp.clip(self.first_of_first + place, 0, self.key_length)
 
     def last(self, place: jax.Array | None = None) -> jax.Array:
         """The place of the last key that queries may see; before the first if there is none."""
@@ -65,7 +63,7 @@ class Positions:
         """Ranks, among keys sorted by (id, place), of the first and last key with a query's id that it may see."""
         if self.first_of_first is None:
             return sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
-        return _ranges_between(self.first(0, place), self.last(place), query_id, key_id, key_place, how)
+        return _ranges_between(self.first(place), self.last(place), query_id, key_id, key_place, how)
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ class Segments:
         """Lines up `[B, K, S]`, with `padding` in the rows that take no part."""
         return _lined_up(x, self.key_order, self.num_keys, padding)
 
-    def first(self, base: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
-        return base + at_places(self.first_key, place)
+    def first(self, place: jax.Array | None = None) -> jax.Array:
+        return at_places(self.first_key, place)
 
     def last(self, place: jax.Array | None = None) -> jax.Array:
         return at_places(self.last_key, place)
@@ -105,7 +103,7 @@ class Segments:
     def ranges(
         self, query_id: jax.Array, place: jax.Array, key_id: jax.Array, key_place: jax.Array, how: Implementation
     ) -> tuple[jax.Array, jax.Array]:
-        return _ranges_between(self.first(0, place), self.last(place), query_id, key_id, key_place, how)
+        return _ranges_between(self.first(place), self.last(place), query_id, key_id, key_place, how)
 
 
 def line_up(
@@ -224,8 +222,8 @@ def _ranges_between(
 
     def last_up_to(place):
         shape = np.broadcast_shapes(query_id.shape, place.shape)
-        sides = (jnp.broadcast_to(x, shape) for x in (query_id, place))
-        return sorting.key_ranges(*sides, key_id, key_place, implementation)[1]
+        on_query, place = jnp.broadcast_to(query_id, shape), jnp.broadcast_to(place, shape)
+        return sorting.key_ranges(on_query, place, key_id, key_place, implementation)[1]
 
     return last_up_to(first - 1) + 1, last_up_to(last)
 

@@ -256,6 +256,7 @@ def big_bird(
     for name, number in (("window", window), ("num_global", num_global), ("num_random", num_random)):
         _checks.static_int(name, number, least=0)
     _checks.static_int("block", block, least=1)
+    window = min(window, _checks.OFFSET_LIMIT)
     offset = options.pop("query_offset", 0)
     every_query, is_global = jnp.ones((query_length, 1), bool), (iota(key_length) < num_global)[:, None]
     indices = [

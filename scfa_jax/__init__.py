@@ -16,5 +16,7 @@ from scfa_jax.index import hash_index as hash_index
 from scfa_jax.index import keep_index as keep_index
 from scfa_jax.index import range_index as range_index
 from scfa_jax.merge import merge_attention as merge_attention
+from scfa_jax.sparsek import sparsek_attention as sparsek_attention
+from scfa_jax.sparsek import sparsek_gates as sparsek_gates
 from scfa_jax.tiling import BlockSizes as BlockSizes
 from scfa_jax.tiling import Tile as Tile

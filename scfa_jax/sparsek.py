@@ -146,7 +146,7 @@ def sparsek_attention(
     by_chunk = lambda x, count: gather_rows(x, *(_one_axis(y[:, :, :count]) for y in (row, is_candidate)))
     chosen_scores = by_chunk(scores[..., None], options.num_candidates).reshape(row.shape)
     chosen_scores = jnp.where(is_candidate, chosen_scores, -jnp.inf)
-    chosen = [by_chunk(x, num_keys) for x in (key, value)]
+    chosen = jnp.split(by_chunk(jnp.concatenate([key, value], axis=3), num_keys), 2, axis=3)
 
     position = iota(length)
     chunk = position // chunk_size

@@ -16,6 +16,7 @@ import scfa_jax
 from scfa_jax import reference
 from scfa_jax.gather import gather_rows
 from scfa_jax.sparsek import Selection, best_so_far
+from scfa_jax.sparsek_state import attend_next, empty_state
 
 LENGTH = 24
 
@@ -79,9 +80,8 @@ def test_gates_solve_the_projection(k, rows):
 
 def test_the_derivative_equals_differences():
     rng = np.random.default_rng(1)
-    scores, direction = (jnp.asarray(rng.normal(size=(4, LENGTH)), jnp.float32) for _ in range(2))
-    cotangent = jnp.asarray(rng.normal(size=(4, LENGTH)), jnp.float32)
-    run, everything = gates_and_gradients(6), np.ones((4, LENGTH), bool)
+    scores, direction, cotangent = rng.normal(size=(3, 3, LENGTH)).astype(np.float32)
+    run, everything = gates_and_gradients(6), np.ones((3, LENGTH), bool)
     step = 1e-3
     ahead, behind = (run(scores + sign * step * direction, everything, cotangent)[0] for sign in (1, -1))
     differences = jnp.sum((ahead - behind) * cotangent, axis=1) / (2 * step)
@@ -158,7 +158,7 @@ def test_gathered_rows_add_up_their_gradients():
     np.testing.assert_array_equal(poisoned, gradient)
 
 
-# Lengths that are no multiple of a chunk, and grouped heads; the paper's, with chunks of one and all for candidates.
+# A length that is no multiple of a chunk, and grouped heads; the paper's, with chunks of one and all for candidates.
 CASES = {
     "chunks": ((2, 45, 4, 2, 16), {"num_keys": 4, "window": 6, "chunk_size": 8}),
     "the paper's": ((1, 22, 2, 1, 16), {"num_keys": 3, "window": 2, "chunk_size": 1, "num_candidates": 22}),
@@ -190,15 +190,30 @@ def results_of(name, implementation):
     return run
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [("chunks", implementation) for implementation in IMPLEMENTATIONS] + [("the paper's", IMPLEMENTATIONS[0])],
-)
-def test_equals_the_dense_definition(name, implementation):
+@pytest.mark.parametrize("operator", [reference, scfa_jax], ids=["reference", "scfa_jax"])
+def test_chunks_of_one_are_the_papers(operator):
+    """For each query: gates over all keys before the window, the highest `num_keys` of them, one softmax with both."""
+    (query, key, value, scores), _, options = problem("the paper's")
+    output = jax.jit(partial(operator.sparsek_attention, **options))(query, key, value, scores)
+    query, key, value, scores = (np.asarray(x, np.float64)[0] for x in (query, key, value, scores))
+    num_keys, window = options["num_keys"], options["window"]
+    for t in range(query.shape[0]):
+        before = max(0, t - window + 1)
+        gates = np.ones(t + 1)
+        gates[:before] = by_bisection(scores[:before, 0], num_keys, np.ones(before, bool))
+        taken = [*np.argsort(-scores[:before, 0])[:num_keys], *range(before, t + 1)]
+        for head in range(query.shape[1]):
+            gated_key, gated_value = (gates[taken, None] * x[taken, 0] for x in (key, value))
+            weights = np.exp(gated_key @ query[t, head] / 4)
+            np.testing.assert_allclose(output[0, t, head], weights @ gated_value / weights.sum(), atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equals_the_dense_definition(implementation):
     """Output, log-sum-exp, and the gradients of query, key, value and scores."""
-    arrays, cotangents, _ = problem(name)
-    want = results_of(name, "reference")(arrays, cotangents)
-    got = results_of(name, implementation)(arrays, cotangents)
+    arrays, cotangents, _ = problem("chunks")
+    want = results_of("chunks", "reference")(arrays, cotangents)
+    got = results_of("chunks", implementation)(arrays, cotangents)
     for label, x, y in zip(("output", "logsumexp", "query", "key", "value", "scores"), got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), err_msg=label)
     assert np.count_nonzero(want[-1])
@@ -284,3 +299,21 @@ def test_bad_arrays_are_named():
         scfa_jax.sparsek_gates(jnp.ones(4), 2, where=jnp.ones(4))
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         scfa_jax.sparsek_gates(jnp.ones(4), -1)
+
+
+def test_parts_give_what_the_whole_gives():
+    """A prompt, single tokens and more at once, wherever chunks begin, in a state that never grows."""
+    arrays, cotangents, numbers = problem("chunks")
+    options = Selection.of(**numbers, num_candidates=None)
+    step = jax.jit(partial(attend_next, options=options))
+    state, outputs, start = empty_state(options, 2, 2, 16, jnp.float32), [], 0
+    shapes = jax.tree.map(jnp.shape, state)
+    for length in (14, *(1,) * 17, 14):
+        here = slice(start, start + length)
+        output, state = step(state, *(np.asarray(x)[:, here] for x in arrays))
+        outputs.append(output)
+        start += length
+    whole = results_of("chunks", "reference")(arrays, cotangents)[0]
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=1e-5)
+    assert jax.tree.map(jnp.shape, state) == shapes
+    assert state.index == 45

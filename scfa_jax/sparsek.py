@@ -146,14 +146,14 @@ def sparsek_attention(
     by_chunk = lambda x, count: gather_rows(x, *(_one_axis(y[:, :, :count]) for y in (row, is_candidate)))
     chosen_scores = by_chunk(scores[..., None], options.num_candidates).reshape(row.shape)
     chosen_scores = jnp.where(is_candidate, chosen_scores, -jnp.inf)
-    chosen = jnp.split(by_chunk(jnp.concatenate([key, value], axis=3), num_keys), 2, axis=3)
+    chosen_key, chosen_value = jnp.split(by_chunk(jnp.concatenate([key, value], axis=3), num_keys), 2, axis=3)
 
     position = iota(length)
     chunk = position // chunk_size
     first = jnp.maximum(chunk * chunk_size - lead, 0)
     parts = [
         attend(query, key, value, local_index(first, position, length)),
-        attend(query, *gated(*chosen, chosen_scores, chunk, options)),
+        attend(query, *gated(chosen_key, chosen_value, chosen_scores, chunk, options)),
     ]
     output, logsumexp = merge_attention(*zip(*parts, strict=True), output_dtype=dtype)
     if not has_batch:

@@ -31,7 +31,7 @@ class SparseKState(NamedTuple):
     best_key: jax.Array  # [B, num_keys, K, H], those selected for the chunk, best first
     best_value: jax.Array  # [B, num_keys, K, H]
     best_score: jax.Array  # float32 [B, num_candidates, K], descending
-    index: jax.Array  # int32 [], the position of the next token
+    num_tokens: jax.Array  # int32 [], so far: the position of the next one
 
 
 def empty_state(
@@ -58,7 +58,7 @@ def empty_state(
         best_key=jnp.zeros((*best, head_dim), dtype),
         best_value=jnp.zeros((*best, head_dim), dtype),
         best_score=jnp.full((batch_size, options.num_candidates, num_heads), -jnp.inf),
-        index=jnp.zeros((), jnp.int32),
+        num_tokens=jnp.zeros((), jnp.int32),
     )
 
 
@@ -91,7 +91,7 @@ def attend_next(
     length, chunk_size, num_keys = query.shape[1], options.chunk_size, options.num_keys
     lead = options.window - 1
     num_chunks = 1 + (chunk_size - 1 + length) // chunk_size  # the first one is under way
-    into_chunk = state.index % chunk_size
+    into_chunk = state.num_tokens % chunk_size
 
     def extended(local, new, filler):
         """The local places and those of all chunks that follow; chunk `m` begins at place `lead + m * chunk_size`."""
@@ -124,7 +124,7 @@ def attend_next(
     )
     place_of_query = into_chunk + iota(length)
     chunk = place_of_query // chunk_size
-    num_missing = jnp.maximum(lead - (state.index - into_chunk), 0)  # places of positions below 0
+    num_missing = jnp.maximum(lead - (state.num_tokens - into_chunk), 0)  # places of positions below 0
     local = local_index(jnp.maximum(chunk * chunk_size, num_missing), lead + place_of_query, local_key.shape[1])
     parts = [
         attend(local_key, local_value, local),
@@ -141,5 +141,5 @@ def attend_next(
         best_key=from_chunk(best_key, num_keys, num_keys),
         best_value=from_chunk(best_value, num_keys, num_keys),
         best_score=jax.lax.dynamic_index_in_dim(highest, last, axis=1, keepdims=False),
-        index=state.index + length,
+        num_tokens=state.num_tokens + length,
     )

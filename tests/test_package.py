@@ -31,6 +31,8 @@ PUBLIC = {
     "reference",
     "remat",
     "sparse_attention",
+    "sparsek_attention",
+    "sparsek_gates",
 }
 
 

@@ -316,4 +316,4 @@ def test_parts_give_what_the_whole_gives():
     whole = results_of("chunks", "reference")(arrays, cotangents)[0]
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=1e-5)
     assert jax.tree.map(jnp.shape, state) == shapes
-    assert state.index == 45
+    assert state.num_tokens == 45

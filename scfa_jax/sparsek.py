@@ -118,7 +118,8 @@ def sparsek_attention(
         >>> import jax, scfa_jax
         >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
         >>> scores = jax.random.normal(jax.random.key(1), (1, 64, 2))
-        >>> scfa_jax.sparsek_attention(query, key, value, scores, num_keys=4, window=8, chunk_size=4).shape
+        >>> attend = jax.jit(lambda *arrays: scfa_jax.sparsek_attention(*arrays, num_keys=8, window=8, chunk_size=32))
+        >>> attend(query, key, value, scores).shape
         (1, 64, 2, 16)
     """
     options = Selection.of(num_keys, window, chunk_size, num_candidates)

@@ -16,7 +16,7 @@ from models.reformer import reformer_attention
 from models.rotary import rotary
 from scfa_jax import lsh_hash
 from scfa_jax.nnx import CausalSelfAttention, KeptDraw
-from scfa_jax.sparsity import Drop, Hash, Layout, Sparsity, normalize
+from scfa_jax.sparsity import Drop, Hash, Layout, SparseK, Sparsity, normalize
 
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
 Draw: TypeAlias = dict[str, jax.Array]
@@ -40,11 +40,13 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
+    sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
         "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
     }

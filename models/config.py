@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
 
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity")
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "sparsek", "reformer", "identity")
+SPARSEK_SIZES = ("sparsek_keys", "sparsek_window", "sparsek_chunk")
 Remat = Literal["none", "full", "save_attention"]
 
 
@@ -20,8 +22,9 @@ class ModelConfig:
     the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
-    keys), reformer (buckets cut into chunks) or identity (none: the bound on speed). One kind for all, or several
-    separated by commas, repeated over the layers: dense,hash."""
+    keys), sparsek (a window, and keys that a learned score selects), reformer (buckets cut into chunks) or identity
+    (none: the bound on speed). One kind for all, or several separated by commas, repeated over the layers:
+    dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -50,6 +53,14 @@ class ModelConfig:
     """Share of queries and of keys that a qk layer drops while training."""
     drop_warmup: int = 0
     """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
+    sparsek_keys: int = 64
+    """Keys that a sparsek layer selects, for each chunk of queries and each head."""
+    sparsek_window: int = 64
+    """Keys at least of the window of a sparsek layer, the token's own among them."""
+    sparsek_chunk: int = 64
+    """Queries of a sparsek layer that share a selection."""
+    sparsek_slope: float = 0.0
+    """What each position adds to the scores of a sparsek layer, in favour of later tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
@@ -67,7 +78,7 @@ class ModelConfig:
 
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
-        for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"):
+        for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size", *SPARSEK_SIZES):
             number = getattr(self, name)
             if number is not None and number < 1:
                 return f"--{name.replace('_', '-')} must be at least 1, got {number}."
@@ -91,6 +102,8 @@ class ModelConfig:
             return "--attention dense-cudnn needs --dtype bfloat16, got float32."
         if not 0 <= self.drop_rate < 1:
             return f"--drop-rate must be at least 0 and below 1, got {self.drop_rate}."
+        if not math.isfinite(self.sparsek_slope):
+            return f"--sparsek-slope must be finite, got {self.sparsek_slope}."
         if self.drop_warmup < 0:
             return f"--drop-warmup must not be negative, got {self.drop_warmup}."
         return None

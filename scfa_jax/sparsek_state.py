@@ -19,19 +19,19 @@ from scfa_jax.sparsek import Selection, best_so_far, gated, local_index
 
 
 class SparseKState(NamedTuple):
-    """The tokens that the next ones may attend to.
+    """The tokens that the next ones may attend to; the fields are named as variables of Flax's modules.
 
-    The `W - 1 + L` local places begin one window before the chunk that the next token is in; those of positions that
+    The `W - 1 + L` local places begin one window before the chunk that the next token is in. Those of positions that
     are not there (yet) have scores of -inf.
     """
 
-    local_key: jax.Array  # [B, W - 1 + L, K, H]
-    local_value: jax.Array  # [B, W - 1 + L, K, H]
-    local_score: jax.Array  # float32 [B, W - 1 + L, K]
-    best_key: jax.Array  # [B, num_keys, K, H], those selected for the chunk, best first
-    best_value: jax.Array  # [B, num_keys, K, H]
-    best_score: jax.Array  # float32 [B, num_candidates, K], descending
-    num_tokens: jax.Array  # int32 [], so far: the position of the next one
+    cached_key: jax.Array  # [B, W - 1 + L, K, H]
+    cached_value: jax.Array  # [B, W - 1 + L, K, H]
+    cached_score: jax.Array  # float32 [B, W - 1 + L, K]
+    cached_best_key: jax.Array  # [B, num_keys, K, H], those selected for the chunk, best first
+    cached_best_value: jax.Array  # [B, num_keys, K, H]
+    cached_best_score: jax.Array  # float32 [B, num_candidates, K], descending
+    cache_index: jax.Array  # int32 [], the position of the next token
 
 
 def empty_state(
@@ -52,13 +52,13 @@ def empty_state(
     local = (batch_size, options.window - 1 + options.chunk_size, num_heads)
     best = (batch_size, options.num_keys, num_heads)
     return SparseKState(
-        local_key=jnp.zeros((*local, head_dim), dtype),
-        local_value=jnp.zeros((*local, head_dim), dtype),
-        local_score=jnp.full(local, -jnp.inf),
-        best_key=jnp.zeros((*best, head_dim), dtype),
-        best_value=jnp.zeros((*best, head_dim), dtype),
-        best_score=jnp.full((batch_size, options.num_candidates, num_heads), -jnp.inf),
-        num_tokens=jnp.zeros((), jnp.int32),
+        cached_key=jnp.zeros((*local, head_dim), dtype),
+        cached_value=jnp.zeros((*local, head_dim), dtype),
+        cached_score=jnp.full(local, -jnp.inf),
+        cached_best_key=jnp.zeros((*best, head_dim), dtype),
+        cached_best_value=jnp.zeros((*best, head_dim), dtype),
+        cached_best_score=jnp.full((batch_size, options.num_candidates, num_heads), -jnp.inf),
+        cache_index=jnp.zeros((), jnp.int32),
     )
 
 
@@ -91,7 +91,7 @@ def attend_next(
     length, chunk_size, num_keys = query.shape[1], options.chunk_size, options.num_keys
     lead = options.window - 1
     num_chunks = 1 + (chunk_size - 1 + length) // chunk_size  # the first one is under way
-    into_chunk = state.num_tokens % chunk_size
+    into_chunk = state.cache_index % chunk_size
 
     def extended(local, new, filler):
         """The local places and those of all chunks that follow; chunk `m` begins at place `lead + m * chunk_size`."""
@@ -99,19 +99,19 @@ def attend_next(
         local = jnp.pad(local, [(0, 0), (0, missing)] + [(0, 0)] * (local.ndim - 2), constant_values=filler)
         return jax.lax.dynamic_update_slice_in_dim(local, new.astype(local.dtype), lead + into_chunk, axis=1)
 
-    local_key, local_value = extended(state.local_key, key, 0), extended(state.local_value, value, 0)
-    local_score = extended(state.local_score, scores, -jnp.inf)
+    local_key, local_value = extended(state.cached_key, key, 0), extended(state.cached_value, value, 0)
+    local_score = extended(state.cached_score, scores, -jnp.inf)
 
     # So chunk `m` may select from places below `m * chunk_size`. The carried candidates come before all of them.
     pool = local_score[:, : (num_chunks - 1) * chunk_size].swapaxes(1, 2)
-    carried = state.best_score.swapaxes(1, 2)
+    carried = state.cached_best_score.swapaxes(1, 2)
     before = carried, jnp.broadcast_to(iota(options.num_candidates) - options.num_candidates, carried.shape)
     highest, place = (x.transpose(0, 2, 3, 1) for x in best_so_far(pool, options, before))  # [B, M, C, K]
     # A candidate that is not among the `num_keys` best will never be: only of those are keys and values kept.
     row = jnp.where(place < 0, place + options.num_candidates, place + num_keys)[:, :, :num_keys]
     row, is_row = (x.reshape(x.shape[0], -1, x.shape[3]) for x in (row, highest[:, :, :num_keys] > -jnp.inf))
-    best_key = gather_rows(jnp.concatenate([state.best_key, local_key], axis=1), row, is_row)
-    best_value = gather_rows(jnp.concatenate([state.best_value, local_value], axis=1), row, is_row)
+    best_key = gather_rows(jnp.concatenate([state.cached_best_key, local_key], axis=1), row, is_row)
+    best_value = gather_rows(jnp.concatenate([state.cached_best_value, local_value], axis=1), row, is_row)
 
     attend = functools.partial(
         dispatch.attend,
@@ -124,7 +124,7 @@ def attend_next(
     )
     place_of_query = into_chunk + iota(length)
     chunk = place_of_query // chunk_size
-    num_missing = jnp.maximum(lead - (state.num_tokens - into_chunk), 0)  # places of positions below 0
+    num_missing = jnp.maximum(lead - (state.cache_index - into_chunk), 0)  # places of positions below 0
     local = local_index(jnp.maximum(chunk * chunk_size, num_missing), lead + place_of_query, local_key.shape[1])
     parts = [
         attend(local_key, local_value, local),
@@ -135,11 +135,11 @@ def attend_next(
     last = (into_chunk + length) // chunk_size
     from_chunk = lambda x, size, per_chunk: jax.lax.dynamic_slice_in_dim(x, last * per_chunk, size, axis=1)
     return output, SparseKState(
-        local_key=from_chunk(local_key, lead + chunk_size, chunk_size),
-        local_value=from_chunk(local_value, lead + chunk_size, chunk_size),
-        local_score=from_chunk(local_score, lead + chunk_size, chunk_size),
-        best_key=from_chunk(best_key, num_keys, num_keys),
-        best_value=from_chunk(best_value, num_keys, num_keys),
-        best_score=jax.lax.dynamic_index_in_dim(highest, last, axis=1, keepdims=False),
-        num_tokens=state.num_tokens + length,
+        cached_key=from_chunk(local_key, lead + chunk_size, chunk_size),
+        cached_value=from_chunk(local_value, lead + chunk_size, chunk_size),
+        cached_score=from_chunk(local_score, lead + chunk_size, chunk_size),
+        cached_best_key=from_chunk(best_key, num_keys, num_keys),
+        cached_best_value=from_chunk(best_value, num_keys, num_keys),
+        cached_best_score=jax.lax.dynamic_index_in_dim(highest, last, axis=1, keepdims=False),
+        cache_index=state.cache_index + length,
     )

@@ -24,6 +24,7 @@ FLAX = {
     "linen.CausalSelfAttention": scfa_jax.linen.CausalSelfAttention,
     "Hash": sparsity.Hash,
     "Drop": sparsity.Drop,
+    "SparseK": sparsity.SparseK,
     "causal_attention_fn": attention_fn.causal_attention_fn,
     "hash_attention_fn": attention_fn.hash_attention_fn,
     "qk_attention_fn": attention_fn.qk_attention_fn,

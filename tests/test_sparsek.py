@@ -16,7 +16,6 @@ import scfa_jax
 from scfa_jax import reference
 from scfa_jax.gather import gather_rows
 from scfa_jax.sparsek import Selection, best_so_far
-from scfa_jax.sparsek_state import attend_next, empty_state
 
 LENGTH = 24
 
@@ -208,15 +207,21 @@ def test_chunks_of_one_are_the_papers(operator):
             np.testing.assert_allclose(output[0, t, head], weights @ gated_value / weights.sum(), atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_equals_the_dense_definition(implementation):
+def test_equals_the_dense_definition():
     """Output, log-sum-exp, and the gradients of query, key, value and scores."""
     arrays, cotangents, _ = problem("chunks")
     want = results_of("chunks", "reference")(arrays, cotangents)
-    got = results_of("chunks", implementation)(arrays, cotangents)
+    got = results_of("chunks", IMPLEMENTATIONS[0])(arrays, cotangents)
     for label, x, y in zip(("output", "logsumexp", "query", "key", "value", "scores"), got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), err_msg=label)
     assert np.count_nonzero(want[-1])
+
+
+def test_the_kernels_run_it_too():
+    arrays, cotangents, options = problem("chunks")
+    kernels = {"implementation": IMPLEMENTATIONS[-1], "block_sizes": SMALL_BLOCKS}
+    output = jax.jit(partial(scfa_jax.sparsek_attention, **options, **kernels))(*arrays)
+    np.testing.assert_allclose(output, results_of("chunks", "reference")(arrays, cotangents)[0], atol=1e-5)
 
 
 def test_repeats_bit_for_bit():
@@ -299,21 +304,3 @@ def test_bad_arrays_are_named():
         scfa_jax.sparsek_gates(jnp.ones(4), 2, where=jnp.ones(4))
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         scfa_jax.sparsek_gates(jnp.ones(4), -1)
-
-
-def test_parts_give_what_the_whole_gives():
-    """A prompt, single tokens and more at once, wherever chunks begin, in a state that never grows."""
-    arrays, cotangents, numbers = problem("chunks")
-    options = Selection.of(**numbers, num_candidates=None)
-    step = jax.jit(partial(attend_next, options=options))
-    state, outputs, start = empty_state(options, 2, 2, 16, jnp.float32), [], 0
-    shapes = jax.tree.map(jnp.shape, state)
-    for length in (14, *(1,) * 17, 14):
-        here = slice(start, start + length)
-        output, state = step(state, *(np.asarray(x)[:, here] for x in arrays))
-        outputs.append(output)
-        start += length
-    whole = results_of("chunks", "reference")(arrays, cotangents)[0]
-    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=1e-5)
-    assert jax.tree.map(jnp.shape, state) == shapes
-    assert state.num_tokens == 45

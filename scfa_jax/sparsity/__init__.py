@@ -10,3 +10,4 @@ from scfa_jax.sparsity.base import normalize as normalize
 from scfa_jax.sparsity.base import operands as operands
 from scfa_jax.sparsity.drop import Drop as Drop
 from scfa_jax.sparsity.hash import Hash as Hash
+from scfa_jax.sparsity.sparsek import SparseK as SparseK

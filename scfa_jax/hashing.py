@@ -67,36 +67,40 @@ def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
 
 
 def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hashes vectors as `lsh_hash` does, with a gate through which rotations can be learned.
+    """Hashes keys as `lsh_hash` does, with a gate through which the rotations can be learned.
 
-    The bucket of a vector is the argmax of its projections, which has no gradient. Their softmax has one, so the gate
-    is the probability of the chosen bucket over its own value: exactly 1, with the gradient of the logarithm of
-    that probability. What the gate multiplies keeps its value, and where the loss would fall if it were larger, the
-    bucket becomes likelier. This is how the router of a Switch Transformer (Fedus et al. 2021) is trained by the output
-    of the one expert it chose, but for the scale of the output. It compares the chosen bucket with no other.
+    The bucket of a key is the argmax of its projections, which has no gradient. Their softmax has one. So let the gate
+    multiply the key's value: it is exactly 1, and its gradient is that of the logarithm of the chosen bucket's
+    probability, less the mean over the keys in that bucket. A key whose value lowers the loss more than its neighbours'
+    becomes surer of its bucket, another one moves to the border. The router of a Switch Transformer (Fedus et al.
+    2021) learns by such a gate without the mean, and needs a loss for balance, since a bucket that helps at all then
+    grows; here what a bucket gains in all is 0.
 
     Projections are those of unit vectors on unit directions, times `sqrt(H)`: of size 1 for random ones.
 
     Args:
-        x: float `[..., T, N, H]`.
+        x: float `[B, T, N, H]`.
         rotations: float `[N, H, num_buckets // 2]`; the length of its columns does not matter.
 
     Returns:
-        The ids of `lsh_hash`, and float32 `[..., T, N]` of ones, the gate.
+        The ids of `lsh_hash`, and float32 `[B, T, N]` of ones, the gate. No gradient flows to `x`: through the mean one
+        token's would reach others.
 
     Raises:
         ValueError: As in `lsh_hash`.
         TypeError: As in `lsh_hash`.
     """
+    x = jax.lax.stop_gradient(x)
     directions = rotations / jnp.linalg.norm(rotations, axis=1, keepdims=True)
-    projected = _projected(x, directions)
-    wide = x.astype(jnp.float32)
-    length = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    logits = x.shape[-1] ** 0.5 * projected / length
-    ids = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
+    ids, projected = lsh_hash(x, directions), _projected(x, directions)
+    length = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
+    logits = x.shape[-1] ** 0.5 * projected / jnp.maximum(length, 1e-6)
     log_probability = jax.nn.log_softmax(jnp.concatenate([logits, -logits], axis=-1))
-    chosen = jnp.take_along_axis(log_probability, ids[..., None], axis=-1)[..., 0]
-    return ids, jnp.exp(chosen - jax.lax.stop_gradient(chosen))
+    member = (ids[..., None] == jnp.arange(log_probability.shape[-1])).astype(jnp.float32)  # [B, T, N, num_buckets]
+    chosen = jnp.sum(member * log_probability, axis=-1)
+    mean = jnp.einsum("btnm,btn->bnm", member, chosen) / jnp.maximum(member.sum(axis=1), 1)
+    gain = chosen - jnp.einsum("btnm,bnm->btn", member, mean)
+    return ids, jnp.exp(gain - jax.lax.stop_gradient(gain))
 
 
 def permutation_hash(

@@ -94,9 +94,7 @@ def attend_cached(
             f"got {batch} and {length}."
         )
     start, kind = cache["cache_index"], kind_of(sparsity)
-    if options.get("rotary") is not None and positions is None:
-        positions = start + jnp.arange(length, dtype=jnp.int32)[None]
-    new = operands(query, key, value, sparsity, positions=positions, **options)
+    new = operands(query, key, value, sparsity, positions=positions, start=start, **options)
     cache = _extended(cache, new)
     marks = {name: cache[f"cached_{name}"] for name in kind.cached_marks}
     seen = new._replace(key=cache["cached_key"], value=cache["cached_value"], key_marks=marks)

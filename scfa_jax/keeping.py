@@ -39,26 +39,6 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
     return jnp.take_along_axis(keep, jnp.argsort(line, axis=2), axis=2).swapaxes(1, 2)
 
 
-def keep_next(scores: jax.Array, cached_scores: jax.Array, start: jax.Array, fraction: jax.Array | float) -> jax.Array:
-    """Goes on with `keep_top` where the scores of earlier keys are in a cache.
-
-    Args:
-        scores: float `[B, T, K]`, of the new keys.
-        cached_scores: float `[B, S, K]`, in which the new ones already stand from place `start` on.
-        start: int32 `[]`.
-        fraction: As in `keep_top`.
-
-    Returns:
-        bool `[B, T, K]`, what `keep_top` of the whole sequence gives for the new keys.
-    """
-    length = scores.shape[1]
-    if length > 1:
-        return jax.lax.dynamic_slice_in_dim(keep_top(cached_scores, fraction), start, length, axis=1)
-    earlier = jnp.arange(cached_scores.shape[1])[:, None] < start
-    greater = jnp.sum((cached_scores >= scores) & earlier, axis=1, keepdims=True)
-    return greater < fraction * (start + 1)
-
-
 def _smaller_before(order: jax.Array) -> jax.Array:
     """For each number of a permutation, how many smaller ones stand before it.
 

@@ -54,7 +54,7 @@ def kmeans_hash(x: jax.Array, centroids: jax.Array) -> jax.Array:
     return jnp.argmax(nearness, axis=-1).astype(jnp.int32)
 
 
-def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int, *, where: jax.Array | None = None) -> jax.Array:
+def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int) -> jax.Array:
     """Sums the directions of the members of each bucket: what `update_centroids` moves centroids by.
 
     Every centroid also gets a thousandth of all tokens (leaky learning, Rumelhart and Zipser 1985): no matter beside
@@ -64,14 +64,11 @@ def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int, *, where: jax.Ar
         x: float `[B, T, N, H]`; each vector counts with length 1.
         ids: int32 `[B, T, N]`, from `kmeans_hash`.
         num_buckets: Number of buckets.
-        where: bool `[1 or B, T]`, which tokens count; all if None.
 
     Returns:
         float32 `[N, num_buckets, H]`. No gradient flows through it.
     """
     unit = _unit(jax.lax.stop_gradient(x).astype(jnp.float32))
-    if where is not None:
-        unit = jnp.where(where[..., None, None], unit, 0)
     member = (ids[..., None] == jnp.arange(num_buckets)).astype(jnp.float32) + LEAK
     return jnp.einsum("btnm,btnh->nmh", member, unit, precision=jax.lax.Precision.HIGHEST)
 

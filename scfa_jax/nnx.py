@@ -17,6 +17,10 @@ from scfa_jax.decoding import Cache, attend_cached, empty_cache
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
+from scfa_jax.sparsity import KeepTop as KeepTop
+from scfa_jax.sparsity import KMeansHash as KMeansHash
+from scfa_jax.sparsity import LearnedHash as LearnedHash
+from scfa_jax.sparsity import PermutationHash as PermutationHash
 
 RNG_STREAM = "sparsity"
 

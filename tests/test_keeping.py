@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from scfa_jax import reference
-from scfa_jax.keeping import keep_next, keep_top
+from scfa_jax.keeping import keep_top
 
 LENGTH = 37  # no power of two
-kept, dense, go_on = jax.jit(keep_top), jax.jit(reference.keep_top), jax.jit(keep_next)
+kept, dense = jax.jit(keep_top), jax.jit(reference.keep_top)
 
 
 @pytest.fixture
@@ -48,17 +48,6 @@ def test_about_the_fraction_is_kept_where_scores_do_not_drift():
     scores = jax.random.normal(jax.random.key(0), (2, 5000, 3))
     # Deviation over 5,000 keys: 0.006; the early ones round up.
     np.testing.assert_allclose(kept(scores, 0.25).mean(axis=1), 0.25, atol=0.03)
-
-
-@pytest.mark.parametrize("length", [1, 5])
-def test_it_goes_on_from_a_cache(scores, length):
-    cached = jnp.zeros((2, LENGTH + 4, 3))
-    parts = []
-    for start in range(0, 35, length):
-        new = scores[:, start : start + length]
-        cached = jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=1)
-        parts.append(go_on(new, cached, jnp.int32(start), 0.3))
-    np.testing.assert_array_equal(jnp.concatenate(parts, axis=1), dense(scores[:, :35], 0.3))
 
 
 def test_no_gradient_flows_and_a_new_fraction_compiles_nothing(scores):

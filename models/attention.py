@@ -16,8 +16,20 @@ from models.reformer import reformer_attention
 from models.rotary import rotary
 from scfa_jax import lsh_hash
 from scfa_jax.nnx import CausalSelfAttention, KeptDraw
-from scfa_jax.sparsity import Drop, Hash, Layout, Sparsity, normalize
+from scfa_jax.sparsity import (
+    Drop,
+    Hash,
+    KeepTop,
+    KMeansHash,
+    Layout,
+    LearnedHash,
+    PermutationHash,
+    Sparsity,
+    normalize,
+)
 
+# Kinds of hash layers by the names that `ModelConfig.hash` has for them.
+HASHES = {"random": Hash, "learned": LearnedHash, "kmeans": KMeansHash, "permutation": PermutationHash}
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
 Draw: TypeAlias = dict[str, jax.Array]
 
@@ -43,8 +55,9 @@ def make_attention(
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
+        "hash": (CausalSelfAttention, HASHES[config.hash](buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
     }
@@ -170,7 +183,7 @@ class ReformerSelfAttention(CausalSelfAttention):
 
 
 def drop_rate(config: ModelConfig, step: jax.Array | int | None) -> jax.Array | float:
-    """The share of queries and of keys that a qk layer drops at a training step.
+    """The share of queries and of keys that a qk layer drops at a training step, and of keys that a topk layer does.
 
     Args:
         config: The model.

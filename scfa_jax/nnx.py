@@ -230,7 +230,7 @@ class CausalSelfAttention(nnx.Module):
             "implementation": self.implementation,
             "tokens": x,
             **draw,
-            **self._own_parameters(),
+            **self.own_parameters(),
         }
 
         query, value = self.query(x), self.value(x)
@@ -241,6 +241,14 @@ class CausalSelfAttention(nnx.Module):
         for name, x in cache.items():
             getattr(self, name)[...] = x
         return self.out(output)
+
+    def own_parameters(self) -> dict[str, jax.Array]:
+        """Tells the parameters of the kind of sparsity.
+
+        Returns:
+            By the names of `Sparsity.parameters`; none in most kinds.
+        """
+        return {name: getattr(self, name)[...] for name in kind_of(self.sparsity).parameters(self.layout)}
 
     def set_view(self, deterministic: bool | None = None, decode: bool | None = None):
         """Class method used by `nnx.view`.
@@ -256,9 +264,6 @@ class CausalSelfAttention(nnx.Module):
         if not self._cache_names:
             raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
         return {name: getattr(self, name)[...] for name in self._cache_names}
-
-    def _own_parameters(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in kind_of(self.sparsity).parameters(self.layout)}
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None

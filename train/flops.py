@@ -49,6 +49,7 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
         "dense-cudnn": 1.0,
         "hash": 1 / config.num_buckets,
         "reformer": 1 / config.num_buckets,
+        "topk": 1 - config.drop_rate,
         "qk": (1 - config.drop_rate) ** 2,
         "identity": 0.0,
     }

@@ -35,7 +35,7 @@ class Hash(Sparsity):
     before_rotary: bool = False
 
     shares_query_key = True
-    kept_draw = ("rotations",)
+    kept_draw: ClassVar[tuple[str, ...]] = ("rotations",)
     cached_marks: ClassVar = {"hash": np.int32(0)}
 
     def __post_init__(self):

@@ -17,14 +17,21 @@ from models.rotary import rotary
 from scfa_jax import lsh_hash
 from scfa_jax.nnx import CausalSelfAttention, KeptDraw
 from scfa_jax.sparsity import (
+    BigBird,
     Drop,
+    Fixed,
     Hash,
     KeepTop,
     KMeansHash,
     Layout,
     LearnedHash,
+    Longformer,
     PermutationHash,
+    SparseK,
     Sparsity,
+    StaticPattern,
+    Strided,
+    Window,
     normalize,
 )
 
@@ -52,14 +59,17 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
+    sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
         "hash": (CausalSelfAttention, HASHES[config.hash](buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
+        "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
+        **{name: (CausalSelfAttention, static) for name, static in static_kinds(config).items()},
     }
     make, sparsity = kinds[kind]
     return make(
@@ -73,6 +83,24 @@ def make_attention(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def static_kinds(config: ModelConfig) -> dict[str, Window | StaticPattern]:
+    """Makes the kinds of sparsity in which a token's keys depend on its position alone, by their names.
+
+    Args:
+        config: The model.
+
+    Returns:
+        One for each of `STATIC_KINDS`.
+    """
+    return {
+        "window": Window(config.window, config.num_sinks),
+        "longformer": Longformer(config.window, config.stride),
+        "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block),
+        "strided": Strided(config.stride),
+        "fixed": Fixed(config.stride, config.num_summaries),
+    }
 
 
 class AttentionBy(CausalSelfAttention):

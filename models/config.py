@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
 
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "topk", "reformer", "identity")
+STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "topk", "sparsek", "reformer", "identity", *STATIC_KINDS)
 Remat = Literal["none", "full", "save_attention"]
+_AT_LEAST_1 = (
+    *("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"),
+    *("window", "stride", "num_summaries", "random_block"),
+    *("sparsek_keys", "sparsek_window", "sparsek_chunk"),
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,10 @@ class ModelConfig:
     the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
-    keys), topk (the keys with the best scores), reformer (buckets cut into chunks) or identity (none: the bound on
-    speed). One kind for all, or several separated by commas, repeated over the layers: dense,hash."""
+    keys), topk (the keys with the best scores), reformer (buckets cut into chunks), sparsek (a window, and keys that a
+    learned score selects), window, longformer, bigbird, strided or fixed (by position alone, see docs/patterns.md) or
+    identity (none: the bound on speed). One kind for all, or several separated by commas, repeated over the layers:
+    dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -57,6 +66,27 @@ class ModelConfig:
     """Training steps in which the share of what is dropped grows from 0 to --drop-rate."""
     keep_score: Literal["norm", "learned"] = "norm"
     """What a topk layer keeps keys by: their length, or a learned score."""
+    window: int = 64
+    """Positions up to its own that a token of a window, longformer or bigbird layer sees."""
+    num_sinks: int = 4
+    """First tokens of the sequence that later ones of a window or bigbird layer see too."""
+    stride: int = 32
+    """Distance of the column's positions in a strided layer, of global tokens in a longformer layer, and length of a
+    block in a fixed layer."""
+    num_summaries: int = 1
+    """Last tokens of each block that later blocks of a fixed layer see."""
+    num_random: int = 2
+    """Random blocks that a token of a bigbird layer sees."""
+    random_block: int = 32
+    """Tokens in such a block."""
+    sparsek_keys: int = 64
+    """Keys that a sparsek layer selects, for each chunk of queries and each head."""
+    sparsek_window: int = 64
+    """Keys at least of the window of a sparsek layer, the token's own among them."""
+    sparsek_chunk: int = 64
+    """Queries of a sparsek layer that share a selection."""
+    sparsek_slope: float = 0.0
+    """What each position adds to the scores of a sparsek layer, in favour of later tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
@@ -74,10 +104,10 @@ class ModelConfig:
 
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
-        for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                return f"--{name.replace('_', '-')} must be at least 1, got {number}."
+        for name in (*_AT_LEAST_1, "num_sinks", "num_random"):
+            number, least = getattr(self, name), int(name in _AT_LEAST_1)
+            if number is not None and number < least:
+                return f"--{name.replace('_', '-')} must be at least {least}, got {number}."
         kinds = [kind.strip() for kind in self.attention.split(",")]
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:
@@ -100,6 +130,10 @@ class ModelConfig:
             return "--attention dense-cudnn needs --dtype bfloat16, got float32."
         if not 0 <= self.drop_rate < 1:
             return f"--drop-rate must be at least 0 and below 1, got {self.drop_rate}."
+        if self.num_summaries > self.stride:
+            return f"--num-summaries must be at most --stride, {self.stride}, got {self.num_summaries}."
+        if not math.isfinite(self.sparsek_slope):
+            return f"--sparsek-slope must be finite, got {self.sparsek_slope}."
         if self.drop_warmup < 0:
             return f"--drop-warmup must not be negative, got {self.drop_warmup}."
         return None

@@ -89,6 +89,17 @@ def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Arr
     Raises:
         ValueError: As in `lsh_hash`.
         TypeError: As in `lsh_hash`.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> rotations = scfa_jax.random_rotations(jax.random.key(0), num_heads=2, head_dim=16, num_buckets=8)
+        >>> x = value = jax.random.normal(jax.random.key(1), (1, 64, 2, 16))
+        >>> def loss(rotations):
+        ...     hashes, gate = scfa_jax.learned_hash(x, rotations)
+        ...     output = scfa_jax.hash_sparse_attention(x, x, value * gate[..., None], hashes, num_buckets=8)
+        ...     return (output**2).sum()
+        >>> bool((jax.grad(loss)(rotations) != 0).all())
+        True
     """
     x = jax.lax.stop_gradient(x)
     directions = rotations / jnp.linalg.norm(rotations, axis=1, keepdims=True)
@@ -121,6 +132,12 @@ def permutation_hash(
 
     Returns:
         int32 `[1, T, N]` of bucket ids in `[0, num_buckets)`.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> hashes = scfa_jax.permutation_hash(jax.random.key(0), length=64, num_heads=2, num_buckets=8)
+        >>> hashes.shape, [int((hashes[0, :, 0] == bucket).sum()) for bucket in range(8)]
+        ((1, 64, 2), [8, 8, 8, 8, 8, 8, 8, 8])
     """
     first = start // num_buckets
     blocks = first + jnp.arange(-(-length // num_buckets) + 1)

@@ -22,6 +22,14 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
 
     Returns:
         bool `[B, T, K]`. No gradient flows through it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, scfa_jax
+        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+        >>> keep = scfa_jax.keep_top(jnp.linalg.norm(key, axis=-1), 0.25)
+        >>> everything = jnp.ones((1, 1, 1), bool)
+        >>> scfa_jax.qk_sparse_attention(query, key, value, everything, keep).shape
+        (1, 64, 2, 16)
     """
     scores = jax.lax.stop_gradient(scores).swapaxes(1, 2)  # [B, K, T]
     places = jnp.arange(scores.shape[2], dtype=jnp.int32)

@@ -47,6 +47,16 @@ def kmeans_hash(x: jax.Array, centroids: jax.Array) -> jax.Array:
     Raises:
         ValueError: The number of heads or their width differ.
         TypeError: `x` does not hold floats.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> from scfa_jax.kmeans import member_sums, random_centroids, update_centroids
+        >>> x = jax.random.normal(jax.random.key(0), (1, 64, 2, 16))
+        >>> centroids = random_centroids(jax.random.key(1), num_heads=2, head_dim=16, num_buckets=8)
+        >>> hashes = scfa_jax.kmeans_hash(x, centroids)
+        >>> centroids = update_centroids(centroids, member_sums(x, hashes, 8), decay=0.9)  # of the next step
+        >>> hashes.shape, centroids.shape
+        ((1, 64, 2), (2, 8, 16))
     """
     check_hashed(x, "centroids", centroids, "N, num_buckets, H")
     x, centroids = jax.lax.stop_gradient((x.astype(jnp.float32), centroids.astype(jnp.float32)))

@@ -19,6 +19,11 @@ class KMeansHash(Hash):
     The module keeps `centroids`, which no optimizer trains. A call takes them as it finds them. The gradient of a loss
     with respect to them is none, but the sums that `scfa_jax.kmeans.update_centroids` moves them by after the step:
     differentiate by them too, as `train.step` does, or they stay where they are.
+
+    Args:
+        num_buckets: Number of buckets, even.
+        exclude_self: As in `Hash`.
+        before_rotary: As in `Hash`.
     """
 
     kept_draw = ("centroids",)

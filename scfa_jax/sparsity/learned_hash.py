@@ -18,6 +18,11 @@ class LearnedHash(Hash):
     """Attention inside the buckets of rotations that are parameters: `scfa_jax.learned_hash` says how they learn.
 
     The buckets are those of `Hash` with these rotations, in training and evaluation alike. Nothing is drawn.
+
+    Args:
+        num_buckets: Number of buckets, even.
+        exclude_self: As in `Hash`.
+        before_rotary: As in `Hash`.
     """
 
     kept_draw = ()

@@ -18,6 +18,11 @@ class PermutationHash(Hash):
 
     What other hashes do better than this one they owe to what is in their buckets. Training draws anew in each call,
     and evaluation keeps one draw.
+
+    Args:
+        num_buckets: Number of buckets, even.
+        exclude_self: As in `Hash`.
+        before_rotary: Ignored: nothing is hashed.
     """
 
     kept_draw = ("seed",)

@@ -12,6 +12,7 @@ from flax import nnx
 from models.attention import Draw, draw_kept, drop_rate, make_attention
 from models.config import ModelConfig
 from scfa_jax.remat import save_attention
+from scfa_jax.sparsity import kind_of
 
 # What each way to compute blocks again keeps of them.
 POLICIES = {"full": None, "save_attention": save_attention}
@@ -104,6 +105,10 @@ class Transformer(nnx.Module):
             own = None if key is None else jax.random.fold_in(key, layer)
             if kind == "qk" and own is not None:
                 draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
+            elif kind == "topk" and own is not None:
+                draws.append({"fraction": jnp.asarray(1 - drop_rate(self.config, step), jnp.float32)})
+            elif own is not None and not kind_of(block.attention.sparsity).draws(deterministic=False):
+                draws.append({})  # the layer takes what it keeps, where a step can differentiate by it
             else:
                 draws.append(block.attention.draw(batch, length, deterministic=own is None, rngs=own))
         return draws

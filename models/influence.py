@@ -7,9 +7,8 @@ grow by `1 / (1 - A[i, j])`, so that they sum to 1 again. To first order the los
     E[i, j] = sum over k of dL/dA[i, k] * change of A[i, k]
             = A[i, j] / (1 - A[i, j]) * (sum over k of A[i, k] * G[i, k] - G[i, j]),    G = dL/dA,
 
-where `G[i, j]` is the product of the output's cotangent and the value, and the sum is that of flash attention's backward
-pass, the product of the output and its cotangent. As in the authors' code, influences are summed by size, `|E|`: those
-of pairs left out together would not cancel by their signs.
+where `G[i, j]` is the product of the cotangent of the query's output and the key's value. As in the authors' code
+(github.com/thu-nics/MoA), influences are summed by size, `|E|`: those of pairs left out together would not cancel.
 """
 
 from __future__ import annotations

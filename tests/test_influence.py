@@ -1,4 +1,4 @@
-"""The influence of pairs on the loss: tiles against a dense matrix, and that against what masking does to first order."""
+"""The influence of pairs on the loss: tiles against a dense matrix, that against what masking does to first order."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dense_influence(weights, by_weights):
 
 
 def by_distance(influence, num_sinks):
-    """`[2, N, T]`: sums of `|E|` over the batch and the rows, keys behind the sinks and sinks apart; distance 0 is 0."""
+    """`[2, N, T]`: sums of `|E|` over the batch and the rows, of keys behind the sinks and of sinks; 0 at distance 0."""
     _, heads, length, _ = influence.shape
     sums = np.zeros((2, heads, length))
     for row in range(length):

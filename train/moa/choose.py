@@ -38,9 +38,9 @@ def densities(window: np.ndarray, num_sinks: int, length: int) -> np.ndarray:
 def candidates(lengths: Sequence[int]) -> np.ndarray:
     """The rules to choose from.
 
-    At the shortest length their windows are the powers of two and the sixteenths of it; `beta` is a multiple of 1/8, and
-    `alpha` follows, below 0 too. Of rules whose windows are the same at all lengths only the one with the least `beta`
-    is there.
+    At the shortest length their windows are the powers of two and the sixteenths of it; `beta` is a multiple of 1/8,
+    and `alpha` follows, below 0 too. Of rules whose windows are the same at all lengths only the one with the least
+    `beta` is there.
 
     Args:
         lengths: Those that are profiled.
@@ -82,8 +82,8 @@ class Choice(NamedTuple):
 def choose(losses: np.ndarray, costs: np.ndarray, budget: float, objective: Objective) -> Choice:
     """Chooses a rule for each head by an integer program, HiGHS's by way of `scipy.optimize.milp`.
 
-    It makes the loss least, where the mean density of the heads keeps to the budget at every length. The choice is exact
-    to HiGHS's tolerance, a millionth of the largest loss of a single head and rule, or the best within `SECONDS`.
+    It makes the loss least, where the mean density of the heads keeps to the budget at every length. The choice is
+    exact to HiGHS's tolerance, a millionth of the largest loss of a single head and rule, or the best within `SECONDS`.
 
     Args:
         losses: float `[lengths, heads, rules]`.

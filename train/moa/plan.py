@@ -83,7 +83,8 @@ def load_plan(path: Path, layers: int, heads: int) -> Plan:
     rules, num_sinks = record.get("rules"), record.get("num_sinks")
     if not _is_rules(rules) or not _is_count(num_sinks):
         raise TrainError(f"--window-plan: {path} is damaged: its rules or its num_sinks are no such thing. {remedy}")
-    assert isinstance(rules, list) and isinstance(num_sinks, int)
+    assert isinstance(rules, list)
+    assert isinstance(num_sinks, int)
     widths = {len(layer) for layer in rules}
     if len(rules) != layers or widths != {heads}:
         raise TrainError(

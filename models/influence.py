@@ -83,8 +83,8 @@ def influential_attention(
         tap: float32 `[2, N, T]`; its values do not matter. Its gradient `[0, n, d]` is the sum of `|E[i, i - d]|` over
             the batch and the queries of head `n`, but for pairs with the first `num_sinks` keys, which are in
             `[1, n, d]`.
-        segment_ids: int32 `[B, T]` or None, as in `scfa_jax.causal_attention`.
-        num_sinks: Keys at the beginning of the sequence that are kept apart.
+        segment_ids: int32 `[B, T]`, equal ids side by side: tokens attend inside their own segment alone. Or None.
+        num_sinks: Keys at the beginning of the sequence, or of each segment, that are kept apart.
 
     Returns:
         `[B, T, N, H]`.
@@ -162,7 +162,8 @@ def _by_distance(
     # A row without keys, or behind the end, has weights of 0.
     logsumexp = cut(jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp), jnp.inf)
     query, key, value, by_output = map(cut, (query, key, value, by_output))
-    segments = None if segment_ids is None else cut(jnp.broadcast_to(segment_ids, (batch, length)), -1)
+    ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+    segments, sinks = cut(ids), cut(_is_first(ids, num_sinks))
     product = functools.partial(
         jnp.einsum, "bqnh,bknh->bnqk", precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
@@ -172,9 +173,7 @@ def _by_distance(
         """The weights `[B, N, block, block]`, their cotangents, and each pair's distance, `[block, block]`."""
         distance = (row * block + place)[:, None] - (column * block + place)
         scores = head_dim**-0.5 * product(query[row], key[column])
-        mask = distance >= 0
-        if segments is not None:
-            mask = mask & (segments[row][:, :, None] == segments[column][:, None])[:, None]
+        mask = (distance >= 0) & (segments[row][:, :, None] == segments[column][:, None])[:, None]
         weights = jnp.where(mask, jnp.exp(scores - logsumexp[row].swapaxes(1, 2)[..., None]), 0)
         return weights, product(by_output[row], value[column]), distance
 
@@ -191,9 +190,9 @@ def _by_distance(
         # taken as such: as differences from the sums over all they would be lost to rounding.
         beside_large = by_small / jnp.where(small > 0, small, 1) - by_weights
         change = jnp.where(weights > 0.5, beside_large, (total - by_weights) / (1 - jnp.minimum(weights, 0.5)))
-        influence = jnp.sum(jnp.where(distance > 0, jnp.abs(weights * change), 0), axis=0)  # [N, block, block]
-        is_sink = column * block + place < num_sinks
-        apart = jnp.stack([jnp.where(is_sink, 0, influence), jnp.where(is_sink, influence, 0)])
+        influence = jnp.where(distance > 0, jnp.abs(weights * change), 0)
+        is_sink = sinks[column][:, None, None]
+        apart = jnp.stack([jnp.where(is_sink, 0, influence), jnp.where(is_sink, influence, 0)]).sum(axis=1)
         start = (row - column) * block
         before = jax.lax.dynamic_slice_in_dim(sums, start, 2 * block - 1, axis=2)
         return jax.lax.dynamic_update_slice_in_dim(sums, before + _diagonal_sums(apart), start, axis=2)
@@ -206,6 +205,13 @@ def _by_distance(
     # Distance d is at d + block - 1: a tile on the diagonal has negative ones too.
     sums = jnp.zeros((2, heads, (blocks + 1) * block - 1), jnp.float32)
     return jax.lax.fori_loop(0, blocks, add_row, sums)[..., block - 1 : block - 1 + length]
+
+
+def _is_first(segment_ids: jax.Array, count: int) -> jax.Array:
+    """Which tokens are among the first `count` of their segment: bool `[B, T]`."""
+    place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begins = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
+    return place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1) < count
 
 
 def _diagonal_sums(x: jax.Array) -> jax.Array:

@@ -42,13 +42,14 @@ def dense_influence(weights, by_weights):
     return influence
 
 
-def by_distance(influence, num_sinks):
-    """`[2, N, T]`: sums of `|E|` over the batch and the rows, of keys behind the sinks and of sinks; 0 at distance 0."""
+def by_distance(influence, num_sinks, begins=(0,)):
+    """`[2, N, T]`: sums of `|E|` over the batch and the rows, of keys behind sinks and of sinks; 0 at distance 0."""
     _, heads, length, _ = influence.shape
     sums = np.zeros((2, heads, length))
     for row in range(length):
         for column in range(row):
-            sums[int(column < num_sinks), :, row - column] += np.abs(influence[:, :, row, column]).sum(axis=0)
+            is_sink = any(0 <= column - begin < num_sinks for begin in begins)
+            sums[int(is_sink), :, row - column] += np.abs(influence[:, :, row, column]).sum(axis=0)
     return sums
 
 
@@ -71,7 +72,8 @@ def test_the_profile_is_the_dense_one_summed_by_distance(documents, monkeypatch)
     query, key, value, by_output = (x.astype(np.float64) for x in (query, key, value, by_output))
     weights = dense_weights(query, key, mask)
     assert weights[:, :, 1:].max() > 0.9999  # where differences from 1 would be lost to rounding
-    expected = by_distance(dense_influence(weights, np.einsum("bqnh,bknh->bnqk", by_output, value)), SINKS)
+    influence = dense_influence(weights, np.einsum("bqnh,bknh->bnqk", by_output, value))
+    expected = by_distance(influence, SINKS, np.unique(ids[0], return_index=True)[1])
     assert (expected[:, :, 1:4] > 0).all()
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 

@@ -1,5 +1,6 @@
 """Sparse causal flash attention for JAX: exact attention over the pairs that the data selects."""
 
+from scfa_jax import patterns as patterns
 from scfa_jax import reference as reference
 from scfa_jax import remat as remat
 from scfa_jax import sharding as sharding
@@ -16,5 +17,7 @@ from scfa_jax.index import hash_index as hash_index
 from scfa_jax.index import keep_index as keep_index
 from scfa_jax.index import range_index as range_index
 from scfa_jax.merge import merge_attention as merge_attention
+from scfa_jax.patterns import union_attention as union_attention
+from scfa_jax.patterns import window_attention as window_attention
 from scfa_jax.tiling import BlockSizes as BlockSizes
 from scfa_jax.tiling import Tile as Tile

@@ -141,6 +141,44 @@ def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> ja
     return (start <= index) & (index < stop)
 
 
+def window_mask(
+    query_length: int, key_length: int, window: jax.Array | int, query_offset: jax.Array | int = 0
+) -> jax.Array:
+    """True where a key stands less than `window` positions before the query, or after it.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        window: int or int32 `[]`, `[N]` or `[B, N]`.
+        query_offset: Position of the first query, int or int32 `[]` or `[B]`.
+
+    Returns:
+        bool `[B or 1, N or 1, T, S]`.
+    """
+    distance = _positions(query_length, query_offset)[:, None, :, None] - jnp.arange(key_length, dtype=jnp.int32)
+    return distance < jnp.atleast_2d(window)[:, :, None, None]
+
+
+def sink_mask(
+    query_length: int, key_length: int, num_sinks: int, key_segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """True at the first `num_sinks` keys, or at as many of each segment, for all queries.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        num_sinks: How many.
+        key_segment_ids: int32 `[B or 1, S]` or `[S]`; None for one segment.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
+    ids = jnp.zeros((1, key_length), jnp.int32) if key_segment_ids is None else jnp.atleast_2d(key_segment_ids)
+    is_earlier = jnp.tril(ids[:, :, None] == ids[:, None, :], k=-1)
+    is_sink = is_earlier.sum(axis=2)[:, None, None] < num_sinks
+    return jnp.broadcast_to(is_sink, (ids.shape[0], 1, query_length, key_length))
+
+
 def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Array:
     """True where query and key have the same segment id and it is not below 0.
 
@@ -156,14 +194,24 @@ def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> ja
     return (on_query == on_key) & (on_query >= 0)
 
 
-def causal_attention(query, key, value, *, query_offset=0, **options):
+def causal_attention(query, key, value, *, window=None, query_offset=0, **options):
     """Dense `scfa_jax.causal_attention`."""
     mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
-    return _finish(query, key, value, mask, **options)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
 def hash_sparse_attention(
-    query, key, value, query_hash, key_hash=None, *, exclude_self=False, num_buckets=None, query_offset=0, **options
+    query,
+    key,
+    value,
+    query_hash,
+    key_hash=None,
+    *,
+    exclude_self=False,
+    num_buckets=None,
+    window=None,
+    query_offset=0,
+    **options,
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
@@ -178,14 +226,15 @@ def hash_sparse_attention(
         )
         for on_query, on_key in rounds
     ]
-    return _finish(query, key, value, functools.reduce(jnp.logical_or, masks), **options)
+    mask = functools.reduce(jnp.logical_or, masks)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
-def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, **options):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, window=None, query_offset=0, **options):
     """Dense `scfa_jax.qk_sparse_attention`."""
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
     mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
-    return _finish(query, key, value, mask, **options)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
 def range_attention(query, key, value, key_start, key_stop, **options):
@@ -193,6 +242,18 @@ def range_attention(query, key, value, key_start, key_stop, **options):
     key_start, key_stop = _as_long_as(key_start, query), _as_long_as(key_stop, query)
     mask = range_mask(key_start, key_stop, key.shape[-3])
     return _finish(query, key, value, mask, **options)
+
+
+def window_attention(
+    query, key, value, window, *, num_sinks=0, query_offset=0, query_segment_ids=None, key_segment_ids=None, **options
+):
+    """Dense `scfa_jax.window_attention`."""
+    lengths = query.shape[-3], key.shape[-3]
+    key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+    seen = window_mask(*lengths, window, query_offset) | sink_mask(*lengths, num_sinks, key_segment_ids)
+    mask = causal_mask(*lengths, query_offset) & seen
+    segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}
+    return _finish(query, key, value, mask, **segments, **options)
 
 
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
@@ -211,6 +272,11 @@ def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
     """Positions of the queries: int32 `[B or 1, T]`."""
     offset = jnp.asarray(query_offset, jnp.int32).reshape(-1, 1)
     return offset + jnp.arange(query_length, dtype=jnp.int32)
+
+
+def _in_window(mask: jax.Array, window: jax.Array | int | None, query_offset: jax.Array | int) -> jax.Array:
+    """The part of the mask `[B or 1, N or 1, T, S]` that lies in the window, if there is one."""
+    return mask if window is None else mask & window_mask(mask.shape[2], mask.shape[3], window, query_offset)
 
 
 def _match_heads(on_query: jax.Array, on_key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -139,3 +139,13 @@ def test_the_profile_of_a_model_is_that_of_its_dense_weights_in_every_layer(monk
         expected = by_distance(dense_influence(a, g), SINKS)
         assert expected.max() > 1e-4
         np.testing.assert_allclose(profiles[layer], expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+def test_memory_is_linear_in_length(monkeypatch):
+    monkeypatch.setattr(models.influence, "BLOCK", 64)
+    length = 2048
+    arrays = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 4
+    tap = jax.ShapeDtypeStruct((2, 1, length), jnp.float32)
+    profiled = lambda tap, by_output, *arrays: jax.vjp(influential_attention, *arrays, tap)[1](by_output)[3]
+    compiled = jax.jit(profiled).lower(tap, *arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length  # a quarter of one matrix in float32

@@ -61,6 +61,9 @@ class RunConfig:
     """Folder of the run. Default: a new one under runs/, or with --resume the one last written to."""
     resume: bool = False
     """Continue a run from its last checkpoint, with the options that it was started with."""
+    start_from: str | None = None
+    """Folder of a run whose best parameters to start from, as to train on under a window plan; the model must have the
+    like. Default: random ones."""
     seconds: float | None = None
     """Stop, with a checkpoint, once this much time was spent on steps, in all sessions together; evaluations,
     checkpoints and compiling do not count."""
@@ -88,7 +91,7 @@ class RunConfig:
 class Config:
     """Train a language model with dense or sparse causal attention.
 
-    Other commands: python -m train sample --help, python -m train report --help.
+    Other commands: python -m train sample --help, python -m train report --help, python -m train moa --help.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

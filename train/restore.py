@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import Corpus
 from train.errors import TrainError
+from train.folder import expanded, load_config
 from train.step import LanguageModel, TrainState, init
 
 
@@ -37,3 +41,27 @@ def restored(
         if which == "best" and checkpoints.best_step is not None:
             step = checkpoints.best_step
         return model, checkpoints.restore(step, like)
+
+
+def parameters_of(run: str, corpus: Corpus, like: Any) -> Any:
+    """Reads the best parameters of a run, to start another from.
+
+    Args:
+        run: The run's folder.
+        corpus: What is trained on.
+        like: Parameters of the shapes that are wanted.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        TrainError: There are none, or they are of another model.
+    """
+    folder = expanded("start-from", run)
+    _, state = restored(folder, load_config(folder), corpus, "best")
+    if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, like):
+        raise TrainError(
+            f"--start-from: the model of {folder} has other parameters than this one. Give this run that one's --layers, "
+            f"--width, --heads, --positions and --share-query-key."
+        )
+    return state.params

@@ -61,7 +61,7 @@ def parameters_of(run: str, corpus: Corpus, like: Any) -> Any:
     _, state = restored(folder, load_config(folder), corpus, "best")
     if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, like):
         raise TrainError(
-            f"--start-from: the model of {folder} has other parameters than this one. Give this run that one's --layers, "
+            f"--start-from: the model of {folder} has other parameters than this one. Give this run the same --layers, "
             f"--width, --heads, --positions and --share-query-key."
         )
     return state.params

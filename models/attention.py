@@ -23,13 +23,13 @@ Draw: TypeAlias = dict[str, jax.Array]
 
 
 def make_attention(
-    config: ModelConfig, kind: str, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
+    config: ModelConfig, layer: int, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> CausalSelfAttention:
     """Makes the attention of a layer.
 
     Args:
         config: The model.
-        kind: One of `ATTENTION_KINDS`.
+        layer: Its number, from 0.
         out_kernel_init: Of the output projection.
         dtype: Of the computation.
         rngs: Streams "params" and "sparsity".
@@ -48,7 +48,7 @@ def make_attention(
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
     }
-    make, sparsity = kinds[kind]
+    make, sparsity = kinds[config.layer_kinds()[layer]]
     return make(
         config.width,
         config.heads,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import jax
+import tyro
 
 ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity")
 Remat = Literal["none", "full", "save_attention"]
+# Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
+WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class ModelConfig:
     """Share of queries and of keys that a qk layer drops while training."""
     drop_warmup: int = 0
     """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
+    window_rules: Annotated[WindowRules | None, tyro.conf.Suppress] = None
+    """Windows of a window layer's heads in place of --window; read from the file of --window-plan."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
@@ -81,6 +86,8 @@ class ModelConfig:
             return f"--heads must divide --width, got {self.heads} heads for a width of {self.width}."
         if self.positions == "rotary" and self.width // self.heads % 2:
             return f"Rotary positions need an even width a head, got {self.width // self.heads}."
+        if self.window_rules is not None and [len(rules) for rules in self.window_rules] != [self.heads] * self.layers:
+            return f"window_rules must be {self.layers} layers of {self.heads} heads."
         if self.num_buckets < 2 or self.num_buckets % 2:
             return f"--num-buckets must be an even number of at least 2, got {self.num_buckets}."
         if "reformer" in kinds and self.share_query_key is False:

@@ -135,9 +135,10 @@ def load_config(folder: Path) -> Config:
     """
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
-        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None}
+        model = sections["model"]
+        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
         return Config(
-            model=ModelConfig(**sections["model"]),
+            model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),
             data=DataConfig(**sections["data"]),
             optimizer=OptimizerConfig(**sections["optimizer"]),
             run=RunConfig(**run),
@@ -147,6 +148,11 @@ def load_config(folder: Path) -> Config:
         raise TrainError(
             f"{path} does not fit this version of the program ({error}). Start a new run, or use that version."
         ) from None
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists of JSON as tuples, which can be hashed."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def latest_run() -> Path:

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from models.config import WindowRules
 from train.errors import TrainError
 from train.moa.choose import densities, windows
 
 FORMAT = "scfa_jax window plan 1"
-Rules = tuple[tuple[tuple[int, float], ...], ...]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Elastic rules of all heads."""
 
-    rules: Rules
+    rules: WindowRules
     """Of each layer, of each head: (alpha, beta), see `train.moa.choose`."""
     num_sinks: int
     """How many keys at the beginning of a sequence every head keeps besides."""
@@ -106,7 +106,7 @@ def _is_rules(value: Any) -> bool:
             for rule in layer
             for number in rule
         )
-        and all(rule[0] == int(rule[0]) and rule[1] >= 0 for layer in value for rule in layer)
+        and all(rule[0] == int(rule[0]) and 0 <= rule[1] <= 1 for layer in value for rule in layer)
     )
 
 

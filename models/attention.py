@@ -16,7 +16,19 @@ from models.reformer import reformer_attention
 from models.rotary import rotary
 from scfa_jax import lsh_hash
 from scfa_jax.nnx import CausalSelfAttention, KeptDraw
-from scfa_jax.sparsity import Drop, Hash, Layout, Sparsity, normalize
+from scfa_jax.sparsity import (
+    BigBird,
+    Drop,
+    Fixed,
+    Hash,
+    Layout,
+    Longformer,
+    Sparsity,
+    StaticPattern,
+    Strided,
+    Window,
+    normalize,
+)
 
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
 Draw: TypeAlias = dict[str, jax.Array]
@@ -47,6 +59,7 @@ def make_attention(
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
+        **{name: (CausalSelfAttention, static) for name, static in static_kinds(config).items()},
     }
     make, sparsity = kinds[config.layer_kinds()[layer]]
     return make(
@@ -60,6 +73,24 @@ def make_attention(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def static_kinds(config: ModelConfig) -> dict[str, Window | StaticPattern]:
+    """Makes the kinds of sparsity in which a token's keys depend on its position alone, by their names.
+
+    Args:
+        config: The model.
+
+    Returns:
+        One for each of `STATIC_KINDS`.
+    """
+    return {
+        "window": Window(config.window, config.num_sinks),
+        "longformer": Longformer(config.window, config.stride),
+        "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block),
+        "strided": Strided(config.stride),
+        "fixed": Fixed(config.stride, config.num_summaries),
+    }
 
 
 class AttentionBy(CausalSelfAttention):

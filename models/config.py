@@ -8,10 +8,15 @@ from typing import Annotated, Literal, TypeAlias, get_args
 import jax
 import tyro
 
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity")
+STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity", *STATIC_KINDS)
 Remat = Literal["none", "full", "save_attention"]
 # Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
 WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
+_AT_LEAST_1 = (
+    *("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"),
+    *("window", "stride", "num_summaries", "random_block"),
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,9 @@ class ModelConfig:
     the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
-    keys), reformer (buckets cut into chunks) or identity (none: the bound on speed). One kind for all, or several
-    separated by commas, repeated over the layers: dense,hash."""
+    keys), reformer (buckets cut into chunks), window, longformer, bigbird, strided or fixed (by position alone, see
+    docs/patterns.md) or identity (none: the bound on speed). One kind for all, or several separated by commas, repeated
+    over the layers: dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -53,8 +59,21 @@ class ModelConfig:
     """Share of queries and of keys that a qk layer drops while training."""
     drop_warmup: int = 0
     """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
+    window: int = 64
+    """Positions up to its own that a token of a window, longformer or bigbird layer sees."""
     window_rules: Annotated[WindowRules | None, tyro.conf.Suppress] = None
     """Windows of a window layer's heads in place of --window; read from the file of --window-plan."""
+    num_sinks: int = 4
+    """First tokens of the sequence that later ones of a window or bigbird layer see too."""
+    stride: int = 32
+    """Distance of the column's positions in a strided layer, of global tokens in a longformer layer, and length of a
+    block in a fixed layer."""
+    num_summaries: int = 1
+    """Last tokens of each block that later blocks of a fixed layer see."""
+    num_random: int = 2
+    """Random blocks that a token of a bigbird layer sees."""
+    random_block: int = 32
+    """Tokens in such a block."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
@@ -72,10 +91,10 @@ class ModelConfig:
 
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
-        for name in ("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                return f"--{name.replace('_', '-')} must be at least 1, got {number}."
+        for name in (*_AT_LEAST_1, "num_sinks", "num_random"):
+            number, least = getattr(self, name), int(name in _AT_LEAST_1)
+            if number is not None and number < least:
+                return f"--{name.replace('_', '-')} must be at least {least}, got {number}."
         kinds = [kind.strip() for kind in self.attention.split(",")]
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:
@@ -98,6 +117,8 @@ class ModelConfig:
             return "--attention dense-cudnn needs --dtype bfloat16, got float32."
         if not 0 <= self.drop_rate < 1:
             return f"--drop-rate must be at least 0 and below 1, got {self.drop_rate}."
+        if self.num_summaries > self.stride:
+            return f"--num-summaries must be at most --stride, {self.stride}, got {self.num_summaries}."
         if self.drop_warmup < 0:
             return f"--drop-warmup must not be negative, got {self.drop_warmup}."
         return None

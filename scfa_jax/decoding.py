@@ -63,7 +63,7 @@ def attend_cached(
     """Adds any number of tokens to a cache, and attends from them to all tokens in it.
 
     Equal to `scfa_jax.sparsity.attend` over the whole sequence, whatever the parts it comes in. One token reads the
-    whole cache once, in plain JAX; several go through the operators, which skip tiles.
+    cache once, in plain JAX, or as much of it as the kind says; several go through the operators, which skip tiles.
 
     Args:
         cache: What came before.
@@ -141,6 +141,10 @@ def _attend_from_one(seen: Operands, kind: Sparsity, position: jax.Array) -> jax
         jnp.arange(length),
     )
     mask = jnp.broadcast_to(mask, (batch, key_heads, heads // key_heads, 1, length))[..., 0, :]
+    places = kind.places(position, length)
+    if places is not None:
+        mask = mask[..., places]
+        seen = seen._replace(key=seen.key[:, places], value=seen.value[:, places])
 
     # As in the operators: sums in float32, and a row that takes no part reaches nothing, be it NaN.
     exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}

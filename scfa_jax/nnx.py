@@ -14,9 +14,14 @@ from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
 from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
 from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
 from scfa_jax.decoding import Cache, attend_cached, empty_cache
+from scfa_jax.sparsity import BigBird as BigBird
 from scfa_jax.sparsity import Drop as Drop
+from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
+from scfa_jax.sparsity import Longformer as Longformer
+from scfa_jax.sparsity import Strided as Strided
+from scfa_jax.sparsity import Window as Window
 
 RNG_STREAM = "sparsity"
 

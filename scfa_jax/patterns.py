@@ -256,6 +256,7 @@ def big_bird(
     for name, number in (("window", window), ("num_global", num_global), ("num_random", num_random)):
         _checks.static_int(name, number, least=0)
     _checks.static_int("block", block, least=1)
+    window = min(window, _checks.OFFSET_LIMIT)
     offset = options.pop("query_offset", 0)
     every_query, is_global = jnp.ones((query_length, 1), bool), (iota(key_length) < num_global)[:, None]
     indices = [
@@ -339,7 +340,7 @@ def strided(query_length: int, key_length: int, stride: int, **options: Any) -> 
         ValueError: Likewise, or `stride` is below 1.
     """
     _checks.static_int("stride", stride, least=1)
-    query_position, key_position = _positions(query_length, key_length, options)
+    query_position, key_position = positions(query_length, key_length, options)
     # Within the window the column holds the query's own position alone.
     column = hash_index(
         query_position % stride, key_position % stride, exclude_self=True, num_buckets=stride, **options
@@ -366,11 +367,8 @@ def fixed(query_length: int, key_length: int, stride: int, num_summaries: int = 
         TypeError: As in `causal_index`, or a number is no static int.
         ValueError: Likewise, `stride` is below 1, or `num_summaries` is not in `1 .. stride`.
     """
-    _checks.static_int("stride", stride, least=1)
-    _checks.static_int("num_summaries", num_summaries, least=1)
-    if num_summaries > stride:
-        raise ValueError(f"num_summaries must be at most stride, {stride}, got {num_summaries}.")
-    query_position, key_position = _positions(query_length, key_length, options)
+    check_fixed(stride, num_summaries)
+    query_position, key_position = positions(query_length, key_length, options)
     num_blocks = num_tiles(key_length, stride)
     is_summary = key_position % stride >= stride - num_summaries
     # Queries past all keys have a block without keys, and summaries are in a block without queries.
@@ -382,7 +380,15 @@ def fixed(query_length: int, key_length: int, stride: int, num_summaries: int = 
     ]
 
 
-def _positions(query_length: int, key_length: int, options: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Positions of queries, int32 `[B or 1, T, 1]`, and of keys, `[1, S, 1]`."""
+def check_fixed(stride: int, num_summaries: int) -> None:
+    """Checks what `fixed` takes."""
+    _checks.static_int("stride", stride, least=1)
+    _checks.static_int("num_summaries", num_summaries, least=1)
+    if num_summaries > stride:
+        raise ValueError(f"num_summaries must be at most stride, {stride}, got {num_summaries}.")
+
+
+def positions(query_length: int, key_length: int, options: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Positions of queries, int32 `[B or 1, T, 1]`, and of keys, `[1, S, 1]`, for the options of an index."""
     offset = _checks.query_offset(options.get("query_offset", 0))
     return offset + iota(query_length)[:, None], iota(key_length)[None, :, None]

@@ -17,14 +17,15 @@ from tolerance import assert_as_exact_as_plain, results_and_gradients
 import scfa_jax
 from scfa_jax import patterns, reference
 
-QUERIES, KEYS, HEADS, BLOCK, GLOBAL, RANDOM = 50, 77, 2, 6, 7, 3
+QUERIES, KEYS, HEADS = 50, 77, 2
+NEAR, BLOCK, GLOBAL, RANDOM = 8, 6, 7, 3
 
 
 def drawn(seed, kind):
     """What the patterns are made of, as arrays: one compilation serves all."""
     rng = np.random.default_rng(seed)
     return {
-        "window": rng.integers(0, 40, (2, HEADS), dtype=np.int32),
+        "window": np.array([[rng.integers(40), rng.integers(40)], [rng.integers(200), 0]], np.int32),
         "query_global": rng.random((2, QUERIES, HEADS)) < 0.1,
         "key_global": rng.random((2, KEYS, 1)) < 0.1,
         "query_offset": rng.choice(np.array([-9, 0, 5, 27], np.int32), 2),
@@ -46,7 +47,7 @@ PARTS = {
     "big_bird": lambda x: patterns.big_bird(
         QUERIES,
         KEYS,
-        9,
+        NEAR,
         jax.random.key(0),
         num_global=GLOBAL,
         num_random=RANDOM,
@@ -113,7 +114,7 @@ def test_big_bird_adds_random_blocks_to_window_and_first_tokens(kind, seed):
     given = drawn(seed, kind)
     near, first, *drawn_blocks = COMPILED["big_bird"](given)
     is_causal, query, key = causal(given)
-    want = is_causal & ((key > query - 9) | (key < GLOBAL))
+    want = is_causal & ((key > query - NEAR) | (key < GLOBAL))
     np.testing.assert_array_equal(*np.broadcast_arrays(union([near, first]), want))
     mask = union([near, first, *drawn_blocks])
     assert not (mask & ~is_causal).any()
@@ -123,7 +124,7 @@ def test_big_bird_adds_random_blocks_to_window_and_first_tokens(kind, seed):
     mask = union(drawn_blocks)
     query_block = query // BLOCK
     # Blocks that begin after the global tokens and end before the window of the first query of the block.
-    is_eligible = (key // BLOCK * BLOCK >= GLOBAL) & ((key // BLOCK + 1) * BLOCK <= query_block * BLOCK - 9 + 1)
+    is_eligible = (key // BLOCK * BLOCK >= GLOBAL) & ((key // BLOCK + 1) * BLOCK <= query_block * BLOCK - NEAR + 1)
     assert not (mask & ~is_eligible).any()
     is_eligible = np.broadcast_to(is_eligible, mask.shape)
     np.testing.assert_array_equal(mask.sum(3), np.minimum(is_eligible.sum(3), RANDOM * BLOCK))
@@ -143,7 +144,7 @@ def test_what_big_bird_draws_depends_on_position_and_head_alone():
 def test_every_choice_of_blocks_is_equally_likely():
     number = jnp.full(6000, 12, jnp.int32)
     keys = jax.random.split(jax.random.key(0), number.size)
-    draw = jax.vmap(lambda key, i: patterns.random_blocks(key, i[None], 9, GLOBAL, 2, BLOCK, 1)[0, 0])
+    draw = jax.vmap(lambda key, i: patterns.random_blocks(key, i[None], NEAR, GLOBAL, 2, BLOCK, 1)[0, 0])
     pairs = np.sort(jax.jit(draw)(keys, number), axis=1)
     _, counts = np.unique(pairs, axis=0, return_counts=True)
     assert len(counts) == 8 * 7 // 2  # 12 blocks before, two of global tokens and two in the window

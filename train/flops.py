@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from models import ModelConfig
+from models.attention import static_kinds
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets; found by the beginning of the name.
 PEAK_FLOPS = {
@@ -52,5 +53,7 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
         "qk": (1 - config.drop_rate) ** 2,
         "identity": 0.0,
     }
-    pairs = sum(share[kind] * causal for kind in config.layer_kinds())
+    static = static_kinds(config)
+    kinds = config.layer_kinds()
+    pairs = sum(static[kind].pairs(length) if kind in static else share[kind] * causal for kind in kinds)
     return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)

@@ -10,3 +10,9 @@ from scfa_jax.sparsity.base import normalize as normalize
 from scfa_jax.sparsity.base import operands as operands
 from scfa_jax.sparsity.drop import Drop as Drop
 from scfa_jax.sparsity.hash import Hash as Hash
+from scfa_jax.sparsity.static_patterns import BigBird as BigBird
+from scfa_jax.sparsity.static_patterns import Fixed as Fixed
+from scfa_jax.sparsity.static_patterns import Longformer as Longformer
+from scfa_jax.sparsity.static_patterns import StaticPattern as StaticPattern
+from scfa_jax.sparsity.static_patterns import Strided as Strided
+from scfa_jax.sparsity.window import Window as Window

@@ -120,6 +120,19 @@ class Sparsity:
         del query_marks, key_marks
         return key_position <= query_position
 
+    def places(self, position: jax.Array, length: int) -> jax.Array | None:
+        """Tells which places of a cache one token can meet, so that decoding need not read the others.
+
+        Args:
+            position: int32 `[]`, where the token stands.
+            length: Number of places `S`.
+
+        Returns:
+            int32, each place at most once; None for all of them.
+        """
+        del position, length
+        return None
+
     def attend(self, operands: Operands, **options: Any) -> jax.Array:
         """Calls the operator.
 

@@ -53,7 +53,8 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
         "qk": (1 - config.drop_rate) ** 2,
         "identity": 0.0,
     }
-    static = static_kinds(config)
-    kinds = config.layer_kinds()
-    pairs = sum(static[kind].pairs(length) if kind in static else share[kind] * causal for kind in kinds)
+    pairs = sum(
+        share[kind] * causal if kind in share else static_kinds(config, layer)[kind].pairs(length)
+        for layer, kind in enumerate(config.layer_kinds())
+    )
     return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)

@@ -136,7 +136,8 @@ def load_config(folder: Path) -> Config:
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
         model = sections["model"]
-        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
+        of_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
+        run = {**sections["run"], **of_session}
         return Config(
             model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),
             data=DataConfig(**sections["data"]),

@@ -247,7 +247,7 @@ def big_bird(
         **options: Offset, segment ids and implementation, as `causal_index` takes them.
 
     Returns:
-        The indices: the window, the global tokens before it, and one for each random block.
+        The indices: the window, the global tokens before it if there are any, and one for each random block.
 
     Raises:
         TypeError: As in `causal_index`, or a number is no static int.
@@ -258,11 +258,10 @@ def big_bird(
     _checks.static_int("block", block, least=1)
     window = min(window, _checks.OFFSET_LIMIT)
     offset = options.pop("query_offset", 0)
-    every_query, is_global = jnp.ones((query_length, 1), bool), (iota(key_length) < num_global)[:, None]
-    indices = [
-        causal_index(query_length, key_length, window=window, query_offset=offset, **options),
-        keep_index(every_query, is_global, query_offset=offset - window, **options),
-    ]
+    indices = [causal_index(query_length, key_length, window=window, query_offset=offset, **options)]
+    if num_global:
+        every_query, is_global = jnp.ones((query_length, 1), bool), (iota(key_length) < num_global)[:, None]
+        indices.append(keep_index(every_query, is_global, query_offset=offset - window, **options))
     position = _checks.query_offset(offset)[:, 0] + iota(query_length)  # [B or 1, T]
     first_block = _checks.query_offset(offset)[:, 0] // block
     blocks = first_block + iota(num_tiles(query_length, block) + 1)

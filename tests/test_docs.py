@@ -24,6 +24,8 @@ FLAX = {
     "linen.CausalSelfAttention": scfa_jax.linen.CausalSelfAttention,
     "Hash": sparsity.Hash,
     "Drop": sparsity.Drop,
+    **{kind.__name__: kind for kind in (sparsity.Window, sparsity.Longformer, sparsity.BigBird)},
+    **{kind.__name__: kind for kind in (sparsity.Strided, sparsity.Fixed)},
     "causal_attention_fn": attention_fn.causal_attention_fn,
     "hash_attention_fn": attention_fn.hash_attention_fn,
     "qk_attention_fn": attention_fn.qk_attention_fn,

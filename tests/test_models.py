@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from models import PRESETS, ModelConfig, Transformer, preset
 from models.attention import cudnn_attention
-from models.config import ATTENTION_KINDS
+from models.config import ATTENTION_KINDS, STATIC_KINDS
 from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
 
@@ -105,7 +105,7 @@ def test_layers_are_made_of_their_kind(exclude_self):
     model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
     assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
-    assert set(ATTENTION_KINDS) == {*HERE, "dense-cudnn"}
+    assert set(ATTENTION_KINDS) == {*HERE, "dense-cudnn", *STATIC_KINDS}  # see test_static_kinds
 
 
 def test_kinds_have_the_same_projections_and_treat_keys_alike():

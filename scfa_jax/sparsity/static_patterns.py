@@ -94,8 +94,8 @@ class Longformer(StaticPattern):
         """As in `StaticPattern`."""
         del num_heads
         query_position, key_position = patterns.positions(query_length, key_length, options)
-        is_global = (x % self.stride == 0 for x in (query_position, key_position))
-        return patterns.longformer(*is_global, self.window, **options)
+        query_global, key_global = query_position % self.stride == 0, key_position % self.stride == 0
+        return patterns.longformer(query_global, key_global, self.window, **options)
 
     def mask(
         self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array

@@ -40,7 +40,8 @@ def hang_taps(model: Transformer, taps: Sequence[jax.Array], num_sinks: int) -> 
         num_sinks: As there.
     """
     for block, tap in zip(model.blocks, taps, strict=True):
-        block.attention = _Tapped(block.attention, tap, num_sinks)
+        tapped: Any = _Tapped(block.attention, tap, num_sinks)
+        block.attention = tapped
 
 
 class _Tapped(nnx.Module):

@@ -91,14 +91,14 @@ def moa(options: MoaOptions) -> int:
     folder = expanded("run", options.run)
     config = load_config(folder)
     path = folder / "plan.json" if options.out is None else expanded("out", options.out)
-    lengths = tuple(sorted(set(options.lengths or _default_lengths(config.data.seq_len))))
-    _check_model(config.model, config.data.seq_len, lengths)
-    data = config.data
+    _check_model(config.model)
+    # In batches that fit where a part of a training step does.
+    data = dataclasses.replace(config.data, batch_size=config.data.batch_size // config.optimizer.accumulate)
     if options.data is not None:
         data = dataclasses.replace(data, data=str(expanded("data", options.data).resolve()))
-    corpus = load_corpus(data)
-    _check_lengths(corpus, lengths)
     config = dataclasses.replace(config, data=data)
+    corpus = load_corpus(data)
+    lengths = _lengths(options, config, corpus)
     model, state = restored(folder, config, corpus, options.checkpoint)
     profiles = []
     for length in lengths:
@@ -113,29 +113,30 @@ def moa(options: MoaOptions) -> int:
     return 0
 
 
-def _default_lengths(seq_len: int) -> tuple[int, ...]:
-    return tuple(length for length in (seq_len // 4, seq_len // 2, seq_len) if length >= 2)
-
-
-def _check_model(model: ModelConfig, seq_len: int, lengths: Sequence[int]) -> None:
+def _check_model(model: ModelConfig) -> None:
     unknown = [kind for kind in model.layer_kinds() if kind not in PROFILED]
     if unknown:
         raise TrainError(
             f"moa profiles layers of {', '.join(PROFILED)}, and the run has {unknown[0]} layers. Name another run."
         )
-    if model.positions == "learned" and lengths[-1] > seq_len:
-        raise TrainError(f"--lengths must be at most {seq_len}, the run's learned positions, got {lengths[-1]}.")
 
 
-def _check_lengths(corpus: Corpus, lengths: Sequence[int]) -> None:
-    if corpus.unit == "pixel" and tuple(lengths) != (corpus.held_out.shape[1] - 1,):
-        length = corpus.held_out.shape[1] - 1
-        raise TrainError(f"--lengths must be {length}, that of an image, got {', '.join(map(str, lengths))}.")
-    shortest = min(corpus.train.size, corpus.held_out.size) - 1
-    if lengths[-1] > shortest:
-        raise TrainError(
-            f"--lengths must be at most {shortest} for {corpus.name}, the shorter part, got {lengths[-1]}."
-        )
+def _lengths(options: MoaOptions, config: Config, corpus: Corpus) -> tuple[int, ...]:
+    """The lengths to profile, in ascending order."""
+    whole = config.data.seq_len
+    lengths = set(options.lengths)
+    if corpus.unit == "pixel":
+        if lengths - {whole}:
+            raise TrainError(f"--lengths must be {whole}, that of an image, got {max(lengths - {whole})}.")
+        return (whole,)
+    if not lengths:
+        return tuple(length for length in (whole // 4, whole // 2, whole) if length >= 2)
+    longest = corpus.train.size - 1
+    if max(lengths) > longest:
+        raise TrainError(f"--lengths must be at most {longest}, the training part, got {max(lengths)}.")
+    if config.model.positions == "learned" and max(lengths) > whole:
+        raise TrainError(f"--lengths must be at most {whole}, the learned positions, got {max(lengths)}.")
+    return tuple(sorted(lengths))
 
 
 def _choose(

@@ -23,6 +23,7 @@ from scfa_jax.sparsity import (
     Hash,
     Layout,
     Longformer,
+    SparseK,
     Sparsity,
     StaticPattern,
     Strided,
@@ -52,11 +53,13 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
+    sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
         "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
         **{name: (CausalSelfAttention, static) for name, static in static_kinds(config, layer).items()},

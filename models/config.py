@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias, get_args
 
@@ -9,13 +10,14 @@ import jax
 import tyro
 
 STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "reformer", "identity", *STATIC_KINDS)
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "sparsek", "reformer", "identity", *STATIC_KINDS)
 Remat = Literal["none", "full", "save_attention"]
 # Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
 WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 _AT_LEAST_1 = (
     *("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"),
     *("window", "stride", "num_summaries", "random_block"),
+    *("sparsek_keys", "sparsek_window", "sparsek_chunk"),
 )
 
 
@@ -28,9 +30,9 @@ class ModelConfig:
     the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
-    keys), reformer (buckets cut into chunks), window, longformer, bigbird, strided or fixed (by position alone, see
-    docs/patterns.md) or identity (none: the bound on speed). One kind for all, or several separated by commas, repeated
-    over the layers: dense,hash."""
+    keys), reformer (buckets cut into chunks), sparsek (a window, and keys that a learned score selects), window,
+    longformer, bigbird, strided or fixed (by position alone, see docs/patterns.md) or identity (none: the bound on
+    speed). One kind for all, or several separated by commas, repeated over the layers: dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -74,6 +76,14 @@ class ModelConfig:
     """Random blocks that a token of a bigbird layer sees."""
     random_block: int = 32
     """Tokens in such a block."""
+    sparsek_keys: int = 64
+    """Keys that a sparsek layer selects, for each chunk of queries and each head."""
+    sparsek_window: int = 64
+    """Keys at least of the window of a sparsek layer, the token's own among them."""
+    sparsek_chunk: int = 64
+    """Queries of a sparsek layer that share a selection."""
+    sparsek_slope: float = 0.0
+    """What each position adds to the scores of a sparsek layer, in favour of later tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
@@ -119,6 +129,8 @@ class ModelConfig:
             return f"--drop-rate must be at least 0 and below 1, got {self.drop_rate}."
         if self.num_summaries > self.stride:
             return f"--num-summaries must be at most --stride, {self.stride}, got {self.num_summaries}."
+        if not math.isfinite(self.sparsek_slope):
+            return f"--sparsek-slope must be finite, got {self.sparsek_slope}."
         if self.drop_warmup < 0:
             return f"--drop-warmup must not be negative, got {self.drop_warmup}."
         return None

@@ -21,6 +21,7 @@ from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
 from scfa_jax.sparsity import Longformer as Longformer
+from scfa_jax.sparsity import SparseK as SparseK
 from scfa_jax.sparsity import Strided as Strided
 from scfa_jax.sparsity import Window as Window
 
@@ -50,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         num_heads: Number of query heads, `N`.
         num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
         head_dim: Width of a head, `H`; `in_features // num_heads` if None.
-        sparsity: A kind, such as `Hash(num_buckets)` or `Drop(rate)`; None for dense attention.
+        sparsity: A kind: `Hash(num_buckets)`, `Drop(rate)`, `SparseK(num_keys, window)`; None for dense attention.
         share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
             only where the kind of sparsity asks for it, as `Hash` does.
         normalize_key: Whether keys are scaled to unit length; if None, likewise.

@@ -22,6 +22,7 @@ def attention(
     *,
     scale: float | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
+    gates: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense attention over the pairs that `mask` allows.
 
@@ -35,6 +36,7 @@ def attention(
         mask: bool `[B or 1, N or 1, T, S]`, True where the query may attend to the key.
         scale: Factor of the scores; `H ** -0.5` if None.
         output_dtype: dtype of the output; that of `query` if None.
+        gates: float `[B, N, T, S]`, with which each query multiplies keys and values; None for ones.
 
     Returns:
         The output `[B, T, N, H]`, and the log-sum-exp of the scores, at least float32,
@@ -58,11 +60,13 @@ def attention(
 
     highest = jax.lax.Precision.HIGHEST
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=highest)
+    scores = scores if gates is None else gates * scores
     scores = jnp.where(mask, scores, -jnp.inf)
     # Empty rows get one finite score here and are overwritten below: no NaN arises on either side of a `where`.
     safe = jnp.where(has_key[..., None], scores, 0)
     logsumexp = jax.nn.logsumexp(safe, axis=3) if key_length else jnp.zeros(has_key.shape, dtype)
     weights = jnp.where(mask, jnp.exp(safe - logsumexp[..., None]), 0)
+    weights = weights if gates is None else gates * weights
     output = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=highest)
     output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(
         query.dtype if output_dtype is None else output_dtype
@@ -256,6 +260,55 @@ def window_attention(
     return _finish(query, key, value, mask, **segments, **options)
 
 
+def sparsek_gates(scores, k, *, where=None):
+    """Dense `scfa_jax.sparsek_gates`: the sum of gates is written out for every threshold at which it has a kink."""
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    takes_part = (scores > -jnp.inf) if where is None else where & (scores > -jnp.inf)
+    kinks = jnp.concatenate([scores, scores - 1], axis=-1)
+    gates = jnp.clip(scores[..., None, :] - kinks[..., None], 0, 1)
+    sums = jnp.where(takes_part[..., None, :], gates, 0).sum(axis=-1)
+    is_below = (sums >= k) & jnp.concatenate([takes_part, takes_part], axis=-1)
+    start = jnp.max(jnp.where(is_below, kinks, -jnp.inf), axis=-1, keepdims=True, initial=-jnp.inf)
+    # Just above it these entries are below 1 and above 0, and change with the threshold.
+    is_one = takes_part & (scores - 1 > start)
+    is_between = takes_part & (scores > start) & ~is_one
+    number = jnp.maximum(is_between.sum(axis=-1, keepdims=True), 1)
+    total = jnp.where(is_between, scores, 0).sum(axis=-1, keepdims=True)
+    threshold = (total + is_one.sum(axis=-1, keepdims=True) - k) / number
+    gates = jnp.where(is_between, scores - threshold, is_one.astype(scores.dtype))
+    has_more = takes_part.sum(axis=-1, keepdims=True) > k
+    return jnp.where(has_more, gates, takes_part.astype(scores.dtype))
+
+
+def sparsek_attention(query, key, value, scores, *, num_keys, window, chunk_size=128, num_candidates=None, **options):
+    """Dense `scfa_jax.sparsek_attention`: ranks the scores of all keys for every query."""
+    if query.ndim == 3:
+        results = sparsek_attention(
+            *(x[None] for x in (query, key, value, scores)),
+            num_keys=num_keys,
+            window=window,
+            chunk_size=chunk_size,
+            num_candidates=num_candidates,
+            **options,
+        )
+        return jax.tree.map(lambda x: x[0], results)
+    num_candidates = 2 * num_keys if num_candidates is None else num_candidates
+    position = jnp.arange(query.shape[1])
+    first = position // chunk_size * chunk_size - window + 1  # of the window, for each query
+    is_earlier = position < first[:, None]  # [T, S]
+    seen = jnp.where(is_earlier, scores.swapaxes(1, 2)[:, :, None], -jnp.inf)  # [B, K, T, S]
+    seen = jnp.where(jnp.isnan(seen), -jnp.inf, seen)
+    one, other = seen[..., :, None], seen[..., None, :]
+    is_better = (other > one) | ((other == one) & (position < position[:, None]))
+    rank = is_better.sum(axis=-1)
+    is_candidate = (rank < num_candidates) & (seen > -jnp.inf)
+    is_selected = is_candidate & (rank < num_keys)
+    is_local = (first[:, None] <= position) & (position <= position[:, None])
+    gates = jnp.where(is_local, 1, sparsek_gates(seen, num_keys, where=is_candidate))
+    gates = jnp.repeat(gates, query.shape[2] // key.shape[2], axis=1)
+    return _finish(query, key, value, is_selected | is_local, gates=gates, **options)
+
+
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
     """Dense `scfa_jax.merge_attention`: a softmax over the parts."""
     dtype = jnp.result_type(*outputs) if output_dtype is None else output_dtype
@@ -304,6 +357,7 @@ def _finish(
     scale=None,
     output_dtype=None,
     return_residual=False,
+    gates=None,
 ):
     """What the operators share; their further options end here."""
     if query_segment_ids is not None:
@@ -313,5 +367,5 @@ def _finish(
         output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale, output_dtype=output_dtype)
         output, logsumexp = output[0], logsumexp[0]
     else:
-        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype)
+        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype, gates=gates)
     return (output, logsumexp) if return_residual else output

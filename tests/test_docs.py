@@ -26,6 +26,7 @@ FLAX = {
     "Drop": sparsity.Drop,
     **{kind.__name__: kind for kind in (sparsity.Window, sparsity.Longformer, sparsity.BigBird)},
     **{kind.__name__: kind for kind in (sparsity.Strided, sparsity.Fixed)},
+    "SparseK": sparsity.SparseK,
     "causal_attention_fn": attention_fn.causal_attention_fn,
     "hash_attention_fn": attention_fn.hash_attention_fn,
     "qk_attention_fn": attention_fn.qk_attention_fn,

@@ -34,6 +34,8 @@ PUBLIC = {
     "sparse_attention",
     "union_attention",
     "window_attention",
+    "sparsek_attention",
+    "sparsek_gates",
 }
 
 

@@ -10,6 +10,7 @@ from scfa_jax.sparsity.base import normalize as normalize
 from scfa_jax.sparsity.base import operands as operands
 from scfa_jax.sparsity.drop import Drop as Drop
 from scfa_jax.sparsity.hash import Hash as Hash
+from scfa_jax.sparsity.sparsek import SparseK as SparseK
 from scfa_jax.sparsity.static_patterns import BigBird as BigBird
 from scfa_jax.sparsity.static_patterns import Fixed as Fixed
 from scfa_jax.sparsity.static_patterns import Longformer as Longformer

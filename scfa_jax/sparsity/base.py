@@ -50,6 +50,8 @@ class Sparsity:
     kept_draw: ClassVar[tuple[str, ...]] = ()
     # The keys' marks that decoding keeps in its cache, and what stands for those of keys without.
     cached_marks: ClassVar[dict[str, np.bool_ | np.number]] = {}
+    # Whether that cache has a place for each token; otherwise `empty_cache` makes another, for `attend_next`.
+    caches_every_token: ClassVar[bool] = True
 
     def draws(self, deterministic: bool) -> bool:
         """Tells whether a call draws anew.
@@ -146,6 +148,35 @@ class Sparsity:
         output: Any  # the operators also return pairs, with return_residual
         output = causal_attention(operands.query, operands.key, operands.value, **options)
         return output
+
+    def empty_cache(self, layout: Layout, batch_size: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+        """Makes a cache of another sort, without tokens, if not `caches_every_token`.
+
+        Args:
+            layout: That of the module.
+            batch_size: `B`.
+            dtype: That of the keys and values.
+
+        Returns:
+            Arrays by name: `cached_key`, `[B, ...]`, `cache_index`, int32 `[]`, the number of tokens so far, and
+            others named `cached_<name>`.
+        """
+        raise NotImplementedError(f"{self!r} has no cache of its own.")
+
+    def attend_next(
+        self, cache: dict[str, jax.Array], operands: Operands, *, implementation: Implementation
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Attends from tokens that follow those in such a cache.
+
+        Args:
+            cache: What the tokens before left.
+            operands: Those of the new tokens alone.
+            implementation: As in `scfa_jax.causal_attention`.
+
+        Returns:
+            `[B, T, N, H]` in the dtype of the query, and the cache after these tokens.
+        """
+        raise NotImplementedError(f"{self!r} has no cache of its own.")
 
 
 def kind_of(sparsity: Sparsity | None) -> Sparsity:

@@ -42,13 +42,13 @@ Draw: TypeAlias = dict[str, jax.Array]
 
 
 def make_attention(
-    config: ModelConfig, kind: str, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
+    config: ModelConfig, layer: int, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> CausalSelfAttention:
     """Makes the attention of a layer.
 
     Args:
         config: The model.
-        kind: One of `ATTENTION_KINDS`.
+        layer: Its number, from 0.
         out_kernel_init: Of the output projection.
         dtype: Of the computation.
         rngs: Streams "params" and "sparsity".
@@ -69,9 +69,9 @@ def make_attention(
         "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
-        **{name: (CausalSelfAttention, static) for name, static in static_kinds(config).items()},
+        **{name: (CausalSelfAttention, static) for name, static in static_kinds(config, layer).items()},
     }
-    make, sparsity = kinds[kind]
+    make, sparsity = kinds[config.layer_kinds()[layer]]
     return make(
         config.width,
         config.heads,
@@ -85,17 +85,22 @@ def make_attention(
     )
 
 
-def static_kinds(config: ModelConfig) -> dict[str, Window | StaticPattern]:
+def static_kinds(config: ModelConfig, layer: int) -> dict[str, Window | StaticPattern]:
     """Makes the kinds of sparsity in which a token's keys depend on its position alone, by their names.
 
     Args:
         config: The model.
+        layer: The number of the layer that is to have one of them.
 
     Returns:
         One for each of `STATIC_KINDS`.
     """
+    window: Any = config.window, 0.0
+    if config.window_rules is not None:
+        window = zip(*config.window_rules[layer], strict=True)
+    windows, slopes = window
     return {
-        "window": Window(config.window, config.num_sinks),
+        "window": Window(windows, config.num_sinks, slopes),
         "longformer": Longformer(config.window, config.stride),
         "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block),
         "strided": Strided(config.stride),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import jax
+import tyro
 
 STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
 ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "topk", "sparsek", "reformer", "identity", *STATIC_KINDS)
 Remat = Literal["none", "full", "save_attention"]
+# Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
+WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 _AT_LEAST_1 = (
     *("layers", "width", "heads", "vocab_multiple", "num_rounds", "chunk_size"),
     *("window", "stride", "num_summaries", "random_block"),
@@ -68,6 +71,8 @@ class ModelConfig:
     """What a topk layer keeps keys by: their length, or a learned score."""
     window: int = 64
     """Positions up to its own that a token of a window, longformer or bigbird layer sees."""
+    window_rules: Annotated[WindowRules | None, tyro.conf.Suppress] = None
+    """Windows of a window layer's heads in place of --window; read from the file of --window-plan."""
     num_sinks: int = 4
     """First tokens of the sequence that later ones of a window or bigbird layer see too."""
     stride: int = 32
@@ -120,6 +125,8 @@ class ModelConfig:
             return f"--heads must divide --width, got {self.heads} heads for a width of {self.width}."
         if self.positions == "rotary" and self.width // self.heads % 2:
             return f"Rotary positions need an even width a head, got {self.width // self.heads}."
+        if self.window_rules is not None and [len(rules) for rules in self.window_rules] != [self.heads] * self.layers:
+            return f"window_rules must be {self.layers} layers of {self.heads} heads."
         if self.num_buckets < 2 or self.num_buckets % 2:
             return f"--num-buckets must be an even number of at least 2, got {self.num_buckets}."
         if "reformer" in kinds and self.share_query_key is False:

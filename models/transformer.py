@@ -21,12 +21,12 @@ POLICIES = {"full": None, "save_attention": save_attention}
 class Block(nnx.Module):
     """One layer: attention, then a perceptron, each behind a layer norm and beside a residual path."""
 
-    def __init__(self, config: ModelConfig, kind: str, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width = config.width
         # Every residual branch starts small, so that the sum over all of them starts at the size of one.
         branch_end = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = make_attention(config, kind, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
+        self.attention = make_attention(config, layer, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.shrink = nnx.Linear(4 * width, width, dtype=dtype, kernel_init=branch_end, rngs=rngs)
@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
         self.vocab_size = vocab_size
         self.embedding = embed(-(-vocab_size // config.vocab_multiple) * config.vocab_multiple)
         self.position = embed(max_length) if config.positions == "learned" else None
-        self.blocks = nnx.List([Block(config, kind, dtype, rngs=rngs) for kind in config.layer_kinds()])
+        self.blocks = nnx.List([Block(config, layer, dtype, rngs=rngs) for layer in range(config.layers)])
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.cache_index: Any = nnx.data(None)  # a variable: see `init_cache`
 

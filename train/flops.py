@@ -56,8 +56,10 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
         "sparsek": _sparsek_pairs(config, length),
         "identity": 0.0,
     }
-    pairs_of |= {name: kind.pairs(length) for name, kind in static_kinds(config).items()}
-    pairs = sum(pairs_of[kind] for kind in config.layer_kinds())
+    pairs = sum(
+        pairs_of[kind] if kind in pairs_of else static_kinds(config, layer)[kind].pairs(length)
+        for layer, kind in enumerate(config.layer_kinds())
+    )
     return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)
 
 

@@ -15,6 +15,7 @@ from train.folder import open_folder
 from train.loop import compile_steps, train
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
+from train.restore import parameters_of
 from train.sample import SampleOptions, write_sample
 from train.step import LanguageModel, TrainState, init
 
@@ -33,8 +34,10 @@ def run(config: Config) -> int:
     """
     data = config.data
     corpus = load_corpus(data)
-    folder = open_folder(config, corpus)
     model, state = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=data.seq_len)
+    if config.run.start_from is not None and not config.run.resume:
+        state = state._replace(params=parameters_of(config.run.start_from, corpus, state.params))
+    folder = open_folder(config, corpus)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
     device = jax.devices()[0].device_kind
     print(f"{corpus.name}: {corpus.train.size:,} {corpus.unit}s to train on, {corpus.held_out.size:,} held out")

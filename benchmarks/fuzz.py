@@ -1,0 +1,487 @@
+"""Random cases of every operator, one generator for the tests and for the soak run.
+
+A `Signature` is what decides a compilation: operator, shape, dtype, transformation, mesh. Many cases, drawn by number,
+go through each: hashes of any skew, offsets, segments, empty sides, and NaN in rows that take no part. What may be
+attended to is worked out here, in plain numpy, and owes nothing to scfa_jax.
+
+To fuzz another operator: its name in `OPERATORS`, what it draws in `_draw_pattern`, its mask in `dense_mask`, its call
+in `_attend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import scfa_jax
+from benchmarks import tolerance
+from scfa_jax import BlockSizes, Tile
+
+OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "merged", "index")
+TRANSFORMS = ("grad", "forward", "vmap", "scan", "checkpoint", "shard_map", "auto_mesh", "explicit_mesh")
+ON_A_MESH = ("shard_map", "auto_mesh", "explicit_mesh")
+DTYPES = ("float32", "bfloat16", "float16")
+OFFSETS = ("none", "one", "each")  # 0 and static; the same for the batch; one for each of it
+PROMISE = 32
+NUM_ROUNDS = 2
+
+# Small and unequal, so that short sequences have several tiles and each kernel its own shape.
+SMALL_TILES = BlockSizes(Tile(16, 32), Tile(32, 16), Tile(16, 16))
+# T, S; heads, key heads.
+SHORT = ((64, 64), (50, 77), (90, 33), (1, 40), (33, 0))
+LONG = ((256, 256), (515, 640), (700, 300), (1, 600), (1024, 1024), (130, 0))
+HEADS = ((4, 2), (4, 4), (4, 1), (6, 2))
+HEAD_DIMS = (16, 64, 24, 128, 32, 80, 20)
+
+Program = Callable[["Case"], tuple[jax.Array, ...]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What decides a compilation.
+
+    Attributes:
+        operator: One of `OPERATORS`.
+        shape: `(B, T, S, N, K, H)`.
+        dtype: One of `DTYPES`.
+        transform: One of `TRANSFORMS`.
+        mesh: Devices along batch and heads, where the transformation has a mesh.
+        implementation: As the operators take it; "default" for None.
+        tiles: "small" or "default".
+        offset: One of `OFFSETS`.
+        segments: Whether there are segment ids.
+        exclude_self: Whether a query may not attend to its own position; for hashes.
+        broadcast: Whether all heads, and all of the batch, share one pattern.
+        scaled: Whether the factor of the scores is given.
+    """
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    transform: str = "grad"
+    mesh: tuple[int, ...] = (1, 1)
+    implementation: str = "default"
+    tiles: str = "small"
+    offset: str = "none"
+    segments: bool = False
+    exclude_self: bool = False
+    broadcast: bool = False
+    scaled: bool = False
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        written = lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x)
+        return ",".join(f"{field.name}={written(getattr(self, field.name))}" for field in dataclasses.fields(self))
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the scores."""
+        return 0.3 if self.scaled else None
+
+
+def parse(text: str) -> Signature:
+    """Reads what `str(signature)` wrote.
+
+    Raises:
+        ValueError: It is no signature.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Signature)}
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in fields:
+            raise ValueError(f"{part!r} is no part of a signature: give name=value of {', '.join(fields)}.")
+        kind = str(fields[name].type)
+        if kind == "bool":
+            values[name] = value == "True"
+        else:
+            values[name] = tuple(int(x) for x in value.split("x")) if kind.startswith("tuple") else value
+    allowed = {"operator": OPERATORS, "dtype": DTYPES, "transform": TRANSFORMS, "offset": OFFSETS}
+    for name, choices in allowed.items():
+        if values.get(name, choices[0]) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}.")
+    if "operator" not in values or len(values.get("shape", ())) != 6:
+        raise ValueError(f"A signature needs at least operator=... and shape=BxTxSxNxKxH, got {text!r}.")
+    return Signature(**values)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, on the host.
+
+    Attributes:
+        arrays: query, key, value and the cotangents of output and log-sum-exp.
+        pattern: Hashes, masks, ranges, offsets and segment ids, by the names that the operators give them.
+        mask: bool `[B, N, T, S]`, what may be attended to.
+        junk: What stands in rows that take no part; None leaves them as they are.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    pattern: dict[str, np.ndarray]
+    mask: np.ndarray
+    junk: float | None
+
+    def with_junk(self) -> tuple[np.ndarray, ...]:
+        """The arrays, with `junk` in the rows that take no part: it must change nothing."""
+        if self.junk is None:
+            return self.arrays
+        query, key, value, *cotangents = (x.copy() for x in self.arrays)
+        batch, heads, _, key_length = self.mask.shape
+        is_read = self.mask.any(2).reshape(batch, key.shape[2], heads // key.shape[2], key_length).any(2)
+        for x in (query, *cotangents):
+            x[~self.mask.any(3).swapaxes(1, 2)] = self.junk
+        for x in (key, value):
+            x[~is_read.swapaxes(1, 2)] = self.junk
+        return (query, key, value, *cotangents)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What signatures are drawn from, but for the fields that always take all of their values.
+
+    Attributes:
+        implementations: As in a signature, and so are `tiles` and `dtypes`.
+        tiles: See there.
+        dtypes: See there.
+        lengths: `(T, S)`.
+        heads: `(N, K)`.
+        head_dims: `H`.
+        devices: How many there are for a mesh.
+    """
+
+    implementations: tuple[str, ...] = ("default",)
+    tiles: tuple[str, ...] = ("small",)
+    dtypes: tuple[str, ...] = DTYPES
+    lengths: tuple[tuple[int, int], ...] = SHORT
+    heads: tuple[tuple[int, int], ...] = HEADS
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    devices: int = 1
+
+
+def draw_signatures(count: int, seed: int, space: Space) -> list[Signature]:
+    """Draws signatures; every operator, transformation, dtype and so on as often as any other.
+
+    Args:
+        count: How many.
+        seed: Decides all.
+        space: What to draw from.
+    """
+    rng = np.random.default_rng(seed)
+
+    def column(options: Sequence[Any]) -> list[Any]:
+        shuffled = rng.permutation(len(options))
+        return [options[shuffled[i % len(options)]] for i in rng.permutation(count)]
+
+    columns = {
+        "transform": column(TRANSFORMS),
+        "dtype": column(space.dtypes),
+        "implementation": column(space.implementations),
+        "tiles": column(space.tiles),
+        "offset": column(OFFSETS),
+        "segments": column((False, True, False)),
+        "exclude_self": column((False, True)),
+        "broadcast": column((False, False, True)),
+        "scaled": column((False, False, True)),
+    }
+    shapes = zip(column(space.lengths), column(space.heads), column(space.head_dims), strict=True)
+    rest = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return [
+        _possible(operator, *shape, options, space.devices)
+        for operator, shape, options in zip(column(OPERATORS), shapes, rest, strict=True)
+    ]
+
+
+def _possible(
+    operator: str,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    head_dim: int,
+    options: dict[str, Any],
+    devices: int,
+) -> Signature:
+    """The signature of what was drawn, with what does not go together put right."""
+    if operator == "shared_hash":
+        lengths, heads = (lengths[0],) * 2, (heads[0],) * 2
+    if head_dim % 8 and options["implementation"].startswith("triton"):
+        head_dim = 40
+    if operator == "range":
+        options["offset"] = "none"
+    if options["transform"] in ON_A_MESH and not min(lengths):
+        options["transform"] = "grad"
+    if options["transform"] in ON_A_MESH:
+        options["mesh"] = (2 if devices > 1 else 1, 2 if devices > 3 else 1)
+    return Signature(operator, (2, *lengths, *heads, head_dim), **options)
+
+
+def draw_case(signature: Signature, number: int) -> Case:
+    """The case of a signature with a number, the same on every machine."""
+    rng = np.random.default_rng((number, zlib.crc32(str(signature).encode())))
+    batch, query_length, key_length, heads, key_heads, head_dim = signature.shape
+    query_shape, key_shape = (batch, query_length, heads, head_dim), (batch, key_length, key_heads, head_dim)
+    spread = rng.choice([0.1, 1.0, 1.0, 4.0])
+    normal = lambda shape, by=1.0: (rng.standard_normal(shape, np.float32) * np.float32(by)).astype(signature.dtype)
+    arrays = (
+        normal(query_shape, spread),
+        normal(key_shape, spread),
+        normal(key_shape),
+        normal(query_shape),
+        rng.standard_normal(query_shape[:3], np.float32),
+    )
+    pattern = _draw_pattern(rng, signature)
+    mask = dense_mask(signature, pattern)
+    return Case(arrays, pattern, mask, rng.choice([None, math.nan, math.inf]))
+
+
+def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, np.ndarray]:
+    batch, query_length, key_length, heads, key_heads, _ = signature.shape
+    tokens, key_tokens = (batch, query_length, heads), (batch, key_length, key_heads)
+    if signature.broadcast:
+        tokens, key_tokens = (1, query_length, 1), (1, key_length, 1)
+    pattern: dict[str, np.ndarray] = {}
+    if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index"):
+        rounds = (NUM_ROUNDS,) if signature.operator == "rounds" else ()
+        kinds = ("one", "few", "many", "distinct", "skewed", "apart")
+        if signature.operator != "promised_hash":
+            kinds += ("huge",)
+        kind = str(rng.choice(kinds))
+        pattern["query_hash"] = _draw_ids(rng, (*rounds, *tokens), kind)
+        if signature.operator != "shared_hash":
+            pattern["key_hash"] = _draw_ids(rng, (*rounds, *key_tokens), kind)
+            if kind == "apart":  # no query has the bucket of a key
+                pattern["key_hash"] += PROMISE // 2
+    if signature.operator in ("keep", "merged"):
+        for name, size in (("query_keep", tokens), ("key_keep", key_tokens)):
+            pattern[name] = rng.random(size) < rng.choice([0.0, 0.05, 0.5, 0.9, 1.0])
+    if signature.operator == "merged":
+        pattern["is_first"] = rng.random(key_tokens) < rng.choice([0.0, 0.3, 1.0])
+    if signature.operator == "range":
+        longest = int(rng.choice([0, 8, key_length]))
+        start = rng.integers(-3, key_length + 3, tokens)
+        if rng.random() < 0.3:
+            start = np.broadcast_to(np.arange(query_length)[:, None], tokens)
+        stop = start + rng.integers(-4, longest + 1, tokens)
+        pattern |= {"key_start": start.astype(np.int32), "key_stop": stop.astype(np.int32)}
+    if signature.offset != "none":
+        size = () if signature.offset == "one" else (batch,)
+        offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
+        pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), size).astype(np.int32)
+    if signature.segments:
+        kind = str(rng.choice(("one", "runs", "padded", "scattered", "huge", "padding")))
+        for name, length in (("query_segment_ids", query_length), ("key_segment_ids", key_length)):
+            pattern[name] = _draw_segments(rng, (tokens[0], length), kind)
+    return pattern
+
+
+_HUGE = np.array([-(2**31), -1, 0, 2**31 - 1, 2**31 - 2], np.int32)
+
+
+def _draw_ids(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> np.ndarray:
+    """Bucket ids below `PROMISE`, but for the kind "huge"."""
+    if kind == "one":
+        return np.full(size, 3, np.int32)
+    if kind == "huge":
+        return rng.choice(_HUGE, size)
+    if kind == "skewed":
+        return np.minimum(rng.zipf(1.5, size), PROMISE - 1).astype(np.int32)
+    if kind == "distinct":
+        return rng.permuted(np.broadcast_to(np.arange(size[-2])[:, None] % PROMISE, size), axis=-2).astype(np.int32)
+    return rng.integers(0, {"few": 3, "many": PROMISE, "apart": PROMISE // 2}[kind], size, dtype=np.int32)
+
+
+def _draw_segments(rng: np.random.Generator, size: tuple[int, int], kind: str) -> np.ndarray:
+    if kind in ("one", "padding"):
+        return np.full(size, 3 if kind == "one" else -1, np.int32)
+    if kind == "huge":
+        return rng.choice(_HUGE, size)
+    if kind == "scattered":
+        return rng.integers(-1, 3, size, dtype=np.int32)
+    runs = np.cumsum(rng.random(size) < 0.1, axis=1, dtype=np.int32)
+    return np.where(np.arange(size[1]) < 0.7 * size[1], runs, -7).astype(np.int32) if kind == "padded" else runs
+
+
+def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarray:
+    """What may be attended to, bool `[B, N, T, S]`."""
+    batch, query_length, key_length, heads, _, _ = signature.shape
+    key = np.arange(key_length)
+
+    def on_query(name: str) -> np.ndarray:  # [..., B or 1, N or 1, T, 1]
+        return pattern[name].swapaxes(-1, -2)[..., None]
+
+    def on_key(name: str) -> np.ndarray:  # [..., B or 1, N or 1, 1, S]
+        x = pattern[name].swapaxes(-1, -2)[..., None, :]
+        return x.repeat(heads // x.shape[-3], axis=-3)
+
+    if signature.operator == "range":
+        mask = (on_query("key_start") <= key) & (key < on_query("key_stop"))
+    else:
+        offset = pattern.get("query_offset", np.zeros((), np.int32)).astype(np.int64).reshape(-1, 1)
+        last = offset + np.arange(query_length) - int(signature.exclude_self and "query_hash" in pattern)
+        mask = key <= last[:, None, :, None]
+    if "query_hash" in pattern:
+        same = on_query("query_hash") == on_key("key_hash" if "key_hash" in pattern else "query_hash")
+        mask = mask & (same.any(0) if signature.operator == "rounds" else same)
+    if "query_keep" in pattern:
+        mask = mask & on_query("query_keep") & on_key("key_keep")
+    if "query_segment_ids" in pattern:
+        segment = pattern["query_segment_ids"][:, None, :, None]
+        mask = mask & (segment >= 0) & (segment == pattern["key_segment_ids"][:, None, None, :])
+    return np.broadcast_to(mask, (batch, heads, query_length, key_length))
+
+
+def program(signature: Signature) -> Program:
+    """What computes cases of a signature: one compiled function, whose results are as in `tolerance.NAMES`."""
+    attend = _transformed(functools.partial(_attend, signature), signature)
+
+    def results(pattern: dict[str, jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        if signature.transform == "forward":
+            return attend(pattern, *arrays[:3])
+        return tolerance.results_and_gradients(functools.partial(attend, pattern), *arrays)
+
+    compiled = jax.jit(results)
+
+    def run(case: Case) -> tuple[jax.Array, ...]:
+        pattern, arrays = case.pattern, case.with_junk()
+        if signature.transform not in ("auto_mesh", "explicit_mesh"):
+            return compiled(pattern, *arrays)
+        mesh = _mesh(signature)
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, _spec(signature, x)))
+        explicit = signature.transform == "explicit_mesh"
+        with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+            return compiled(jax.tree.map(put, pattern), *map(put, arrays))
+
+    return run
+
+
+def check(signature: Signature, case: Case, results: Sequence[jax.Array]) -> list[str]:
+    """What is wrong with the results of a case, by the rule of `tolerance`; empty if nothing is."""
+    if not case.mask.size:
+        query, key, value = case.arrays[:3]
+        empty = np.full(query.shape[:3], -np.inf, np.float32)
+        want = (*(x.astype(np.float32) * 0 for x in (query,)), empty, *(x * 0 for x in (query, key, value)))
+        return [
+            f"{name}: not what nothing gives"
+            for name, x, y in zip(tolerance.NAMES, results, want, strict=False)
+            if x.shape != y.shape or not np.array_equal(np.asarray(x, np.float32), y.astype(np.float32))
+        ]
+    query, key, value, *given = case.arrays
+    dense = tolerance.dense_results(query, key, value, case.mask, *given, scale=signature.scale)
+    return tolerance.problems(results, dense, signature.dtype)
+
+
+def _attend(signature: Signature, pattern: dict[str, jax.Array], query: jax.Array, key: jax.Array, value: jax.Array):
+    """Output and log-sum-exp by the operator."""
+    chosen: dict[str, Any] = {}
+    if signature.implementation != "default":
+        chosen["implementation"] = signature.implementation
+    shared = {name: x for name, x in pattern.items() if name.endswith("segment_ids") or name == "query_offset"}
+    hashed: dict[str, Any] = {"exclude_self": signature.exclude_self}
+    if signature.operator == "promised_hash":
+        hashed["num_buckets"] = PROMISE
+    options = {
+        **chosen,
+        "scale": signature.scale,
+        "block_sizes": SMALL_TILES if signature.tiles == "small" else None,
+        "return_residual": True,
+    }
+    qkv = query, key, value
+    hashes = pattern.get("query_hash"), pattern.get("key_hash")
+    match signature.operator:
+        case "causal":
+            return scfa_jax.causal_attention(*qkv, **shared, **options)
+        case "keep":
+            return scfa_jax.qk_sparse_attention(*qkv, pattern["query_keep"], pattern["key_keep"], **shared, **options)
+        case "range":
+            return scfa_jax.range_attention(*qkv, pattern["key_start"], pattern["key_stop"], **shared, **options)
+        case "merged":
+            attend = functools.partial(scfa_jax.qk_sparse_attention, *qkv, pattern["query_keep"], **shared, **options)
+            first, keep = pattern["is_first"], pattern["key_keep"]
+            parts = [attend(keep & part, output_dtype=jnp.float32) for part in (first, ~first)]
+            return scfa_jax.merge_attention(*zip(*parts, strict=True), output_dtype=query.dtype)
+        case "index":
+            lengths = {"query_length": query.shape[1], "key_length": key.shape[1]}
+            index = scfa_jax.hash_index(*hashes, **hashed, **shared, **chosen, **lengths)
+            return scfa_jax.sparse_attention(*qkv, index, **options)
+        case _:
+            return scfa_jax.hash_sparse_attention(*qkv, *hashes, **hashed, **shared, **options)
+
+
+def _transformed(attend: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """`(pattern, query, key, value)` to output and log-sum-exp, the same whatever the transformation."""
+    whole = signature.shape[0]
+
+    def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Splits the batch into two parts on a new axis, where an array has it; `function` takes a part's arrays."""
+
+        def run(pattern: dict[str, jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+            named = {**pattern, **dict(zip("qkv", arrays, strict=True))}
+            axes = {name: _batch_axis(x, whole) for name, x in named.items()}
+            split = lambda x, axis: x.reshape(*x.shape[:axis], 2, whole // 2, *x.shape[axis + 1 :])
+            parted = {name: split(x, axes[name]) for name, x in named.items() if axes[name] is not None}
+            rest = {name: x for name, x in named.items() if axes[name] is None}
+            joined = function(parted, rest, {name: axes[name] for name in parted})
+            return tuple(x.reshape(whole, *x.shape[2:]) for x in joined)
+
+        return run
+
+    def call(named: dict[str, jax.Array]) -> Any:
+        return attend({name: x for name, x in named.items() if name not in "qkv"}, *(named[name] for name in "qkv"))
+
+    match signature.transform:
+        case "vmap":
+            return in_parts(lambda parted, rest, axes: jax.vmap(lambda x: call({**rest, **x}), (axes,))(parted))
+        case "scan":
+
+            def scan(parted, rest, axes):
+                leading = {name: jnp.moveaxis(x, axes[name], 0) for name, x in parted.items()}
+                return jax.lax.scan(lambda _, part: (None, call({**rest, **part})), None, leading)[1]
+
+            return in_parts(scan)
+        case "checkpoint":
+            return jax.checkpoint(attend, policy=scfa_jax.remat.save_attention)
+        case "shard_map":
+
+            def on_devices(pattern, *arrays):
+                specs = jax.tree.map(functools.partial(_spec, signature), (pattern, *arrays))
+                rows = PartitionSpec("data", None, "model")
+                return jax.shard_map(attend, mesh=_mesh(signature), in_specs=specs, out_specs=(rows, rows))(
+                    pattern, *arrays
+                )
+
+            return on_devices
+        case _:
+            return attend
+
+
+def _mesh(signature: Signature) -> jax.sharding.Mesh:
+    kind = AxisType.Explicit if signature.transform == "explicit_mesh" else AxisType.Auto
+    devices = jax.devices()[: math.prod(signature.mesh)]
+    return jax.make_mesh(signature.mesh, ("data", "model"), axis_types=(kind,) * 2, devices=devices)
+
+
+def _batch_axis(x: jax.Array, batch: int) -> int | None:
+    """The axis of the batch, if the array has one of its own for each."""
+    axis = 1 if x.ndim == 4 and x.dtype == jnp.int32 else 0  # behind that of the rounds
+    return axis if x.ndim and x.shape[axis] == batch else None
+
+
+def _spec(signature: Signature, x: jax.Array) -> PartitionSpec:
+    """Batch over `data`, heads over `model`, where the array has these axes."""
+    batch_axis = _batch_axis(x, signature.shape[0])
+    names: list[str | None] = [None] * x.ndim
+    if batch_axis is not None:
+        names[batch_axis] = "data"
+    head_axis = (batch_axis or 0) + 2 if x.dtype != jnp.int32 or x.ndim < 4 else 3
+    if x.ndim > head_axis and x.shape[head_axis] > 1:
+        names[head_axis] = "model"
+    return PartitionSpec(*names)

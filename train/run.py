@@ -7,12 +7,13 @@ from pathlib import Path
 
 import jax
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
 from train.data import Corpus, load_corpus, training_batches
 from train.flops import model_flops
 from train.folder import open_folder
 from train.loop import compile_steps, train
+from train.memory import out_of_memory_in_one_line
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
 from train.sample import SampleOptions, write_sample
@@ -31,9 +32,14 @@ def run(config: Config) -> int:
     Raises:
         TrainError: Something the user can put right; nothing was overwritten.
     """
-    data = config.data
-    corpus = load_corpus(data)
+    corpus = load_corpus(config.data)
     folder = open_folder(config, corpus)
+    with out_of_memory_in_one_line(lambda: _remedy(folder)):
+        return _run(config, corpus, folder)
+
+
+def _run(config: Config, corpus: Corpus, folder: Path) -> int:
+    data = config.data
     model, state = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=data.seq_len)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
     device = jax.devices()[0].device_kind
@@ -70,6 +76,14 @@ def run(config: Config) -> int:
     if step < config.optimizer.steps:
         print(f"stopped as asked at step {step}, checkpoint saved: python -m train --resume --out {folder}")
     return 0
+
+
+def _remedy(folder: Path) -> str:
+    kept = f" All checkpoints of this one are whole: {folder}." if has_checkpoint(folder) else ""
+    return (
+        "Start a new run with a smaller --batch-size, with --accumulate (a step in that many parts), or with "
+        f"--remat save_attention or full.{kept}"
+    )
 
 
 def _finish(

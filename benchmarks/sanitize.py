@@ -1,9 +1,9 @@
 """`python -m benchmarks.sanitize` runs the kernels' small cases under NVIDIA's compute-sanitizer.
 
-memcheck looks for accesses out of bounds, with JAX's platform allocator, so that every array is an allocation of its
-own. That it would see one is proved by a kernel that writes past its array. racecheck looks for hazards in shared memory.
-Triton's pipelines and reductions may look like hazards to it by themselves, so plain Pallas kernels with these parts run
-beside ours: a report of ours counts as explained where a plain kernel has one of the same kind.
+memcheck looks for accesses out of bounds, with JAX's platform allocator, so that every array is allocated by itself.
+That it would see one is proved by a kernel that writes past its array. racecheck looks for hazards in shared memory.
+Triton's pipelines and reductions may look like hazards to it by themselves, so plain Pallas kernels with these parts
+run beside ours: a report of ours counts as explained where a plain kernel has one of the same kind.
 """
 
 from __future__ import annotations

@@ -219,6 +219,8 @@ def _possible(
         options["offset"] = "none"
     if options["transform"] in ON_A_MESH and not min(lengths):
         options["transform"] = "grad"
+    if options["transform"] == "shard_map" and options["implementation"] == "triton_interpret":
+        options["transform"] = "auto_mesh"  # the interpreter's own types do not pass the checks of `shard_map`
     if options["transform"] in ON_A_MESH:
         options["mesh"] = (2 if devices > 1 else 1, 2 if devices > 3 else 1)
     return Signature(operator, (2, *lengths, *heads, head_dim), **options)

@@ -93,10 +93,10 @@ def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
         """So many tokens more: `[tokens, B]`."""
         model = nnx.merge(graph, weights)
         model.init_cache(options.batch, size)
-        with_cache, _, rest = nnx.split(model, nnx.Cache, ...)
+        with_cache, *states = nnx.split(model, nnx.Cache, ...)
 
         def step(carry: tuple[nnx.State, jax.Array], _: None) -> tuple[tuple[nnx.State, jax.Array], jax.Array]:
-            model = nnx.merge(with_cache, carry[0], rest)
+            model = nnx.merge(with_cache, carry[0], states[1])
             token = next_token(model, carry[1][:, None], decode=True)
             return (nnx.state(model, nnx.Cache), token), token
 

@@ -5,28 +5,19 @@ go through each: hashes of any skew, offsets, segments, empty sides, and NaN in 
 attended to is worked out here, in plain numpy, and owes nothing to scfa_jax.
 
 To fuzz another operator: its name in `OPERATORS`, what it draws in `_draw_pattern`, its mask in `dense_mask`, its call
-in `_attend`.
+in `fuzz_program`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-import scfa_jax
-from benchmarks import tolerance
-from scfa_jax import BlockSizes, Tile
 
 OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "merged", "index")
 TRANSFORMS = ("grad", "forward", "vmap", "scan", "checkpoint", "shard_map", "auto_mesh", "explicit_mesh")
@@ -36,15 +27,11 @@ OFFSETS = ("none", "one", "each")  # 0 and static; the same for the batch; one f
 PROMISE = 32
 NUM_ROUNDS = 2
 
-# Small and unequal, so that short sequences have several tiles and each kernel its own shape.
-SMALL_TILES = BlockSizes(Tile(16, 32), Tile(32, 16), Tile(16, 16))
 # T, S; heads, key heads.
 SHORT = ((64, 64), (50, 77), (90, 33), (1, 40), (33, 0))
 LONG = ((256, 256), (515, 640), (700, 300), (1, 600), (1024, 1024), (130, 0))
 HEADS = ((4, 2), (4, 4), (4, 1), (6, 2))
 HEAD_DIMS = (16, 64, 24, 128, 32, 80, 20)
-
-Program = Callable[["Case"], tuple[jax.Array, ...]]
 
 
 @dataclass(frozen=True)
@@ -138,11 +125,13 @@ class Case:
             return self.arrays
         query, key, value, *cotangents = (x.copy() for x in self.arrays)
         batch, heads, _, key_length = self.mask.shape
-        is_read = self.mask.any(2).reshape(batch, key.shape[2], heads // key.shape[2], key_length).any(2)
+        groups = batch, key.shape[2], heads // key.shape[2], key_length
+        reads = np.any(self.mask, axis=3)  # [B, N, T]
+        is_read = np.any(np.any(self.mask, axis=2).reshape(groups), axis=2)  # [B, K, S]
         for x in (query, *cotangents):
-            x[~self.mask.any(3).swapaxes(1, 2)] = self.junk
+            x[~np.swapaxes(reads, 1, 2)] = self.junk
         for x in (key, value):
-            x[~is_read.swapaxes(1, 2)] = self.junk
+            x[~np.swapaxes(is_read, 1, 2)] = self.junk
         return (query, key, value, *cotangents)
 
 
@@ -242,7 +231,7 @@ def draw_case(signature: Signature, number: int) -> Case:
     )
     pattern = _draw_pattern(rng, signature)
     mask = dense_mask(signature, pattern)
-    return Case(arrays, pattern, mask, rng.choice([None, math.nan, math.inf]))
+    return Case(arrays, pattern, mask, (None, math.nan, math.inf)[rng.integers(3)])
 
 
 def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, np.ndarray]:
@@ -252,11 +241,9 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         tokens, key_tokens = (1, query_length, 1), (1, key_length, 1)
     pattern: dict[str, np.ndarray] = {}
     if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index"):
-        rounds = (NUM_ROUNDS,) if signature.operator == "rounds" else ()
-        kinds = ("one", "few", "many", "distinct", "skewed", "apart")
-        if signature.operator != "promised_hash":
-            kinds += ("huge",)
-        kind = str(rng.choice(kinds))
+        rounds: tuple[int, ...] = (NUM_ROUNDS,) if signature.operator == "rounds" else ()
+        kinds = ("one", "few", "many", "distinct", "skewed", "apart", "huge")
+        kind = str(rng.choice(kinds[:-1] if signature.operator == "promised_hash" else kinds))
         pattern["query_hash"] = _draw_ids(rng, (*rounds, *tokens), kind)
         if signature.operator != "shared_hash":
             pattern["key_hash"] = _draw_ids(rng, (*rounds, *key_tokens), kind)
@@ -275,9 +262,9 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         stop = start + rng.integers(-4, longest + 1, tokens)
         pattern |= {"key_start": start.astype(np.int32), "key_stop": stop.astype(np.int32)}
     if signature.offset != "none":
-        size = () if signature.offset == "one" else (batch,)
+        shape = () if signature.offset == "one" else (batch,)
         offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
-        pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), size).astype(np.int32)
+        pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), shape).astype(np.int32)
     if signature.segments:
         kind = str(rng.choice(("one", "runs", "padded", "scattered", "huge", "padding")))
         for name, length in (("query_segment_ids", query_length), ("key_segment_ids", key_length)):
@@ -339,151 +326,3 @@ def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarr
         segment = pattern["query_segment_ids"][:, None, :, None]
         mask = mask & (segment >= 0) & (segment == pattern["key_segment_ids"][:, None, None, :])
     return np.broadcast_to(mask, (batch, heads, query_length, key_length))
-
-
-def program(signature: Signature) -> Program:
-    """What computes cases of a signature: one compiled function, whose results are as in `tolerance.NAMES`."""
-    attend = _transformed(functools.partial(_attend, signature), signature)
-
-    def results(pattern: dict[str, jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        if signature.transform == "forward":
-            return attend(pattern, *arrays[:3])
-        return tolerance.results_and_gradients(functools.partial(attend, pattern), *arrays)
-
-    compiled = jax.jit(results)
-
-    def run(case: Case) -> tuple[jax.Array, ...]:
-        pattern, arrays = case.pattern, case.with_junk()
-        if signature.transform not in ("auto_mesh", "explicit_mesh"):
-            return compiled(pattern, *arrays)
-        mesh = _mesh(signature)
-        put = lambda x: jax.device_put(x, NamedSharding(mesh, _spec(signature, x)))
-        explicit = signature.transform == "explicit_mesh"
-        with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-            return compiled(jax.tree.map(put, pattern), *map(put, arrays))
-
-    return run
-
-
-def check(signature: Signature, case: Case, results: Sequence[jax.Array]) -> list[str]:
-    """What is wrong with the results of a case, by the rule of `tolerance`; empty if nothing is."""
-    if not case.mask.size:
-        query, key, value = case.arrays[:3]
-        empty = np.full(query.shape[:3], -np.inf, np.float32)
-        want = (*(x.astype(np.float32) * 0 for x in (query,)), empty, *(x * 0 for x in (query, key, value)))
-        return [
-            f"{name}: not what nothing gives"
-            for name, x, y in zip(tolerance.NAMES, results, want, strict=False)
-            if x.shape != y.shape or not np.array_equal(np.asarray(x, np.float32), y.astype(np.float32))
-        ]
-    query, key, value, *given = case.arrays
-    dense = tolerance.dense_results(query, key, value, case.mask, *given, scale=signature.scale)
-    return tolerance.problems(results, dense, signature.dtype)
-
-
-def _attend(signature: Signature, pattern: dict[str, jax.Array], query: jax.Array, key: jax.Array, value: jax.Array):
-    """Output and log-sum-exp by the operator."""
-    chosen: dict[str, Any] = {}
-    if signature.implementation != "default":
-        chosen["implementation"] = signature.implementation
-    shared = {name: x for name, x in pattern.items() if name.endswith("segment_ids") or name == "query_offset"}
-    hashed: dict[str, Any] = {"exclude_self": signature.exclude_self}
-    if signature.operator == "promised_hash":
-        hashed["num_buckets"] = PROMISE
-    options = {
-        **chosen,
-        "scale": signature.scale,
-        "block_sizes": SMALL_TILES if signature.tiles == "small" else None,
-        "return_residual": True,
-    }
-    qkv = query, key, value
-    hashes = pattern.get("query_hash"), pattern.get("key_hash")
-    match signature.operator:
-        case "causal":
-            return scfa_jax.causal_attention(*qkv, **shared, **options)
-        case "keep":
-            return scfa_jax.qk_sparse_attention(*qkv, pattern["query_keep"], pattern["key_keep"], **shared, **options)
-        case "range":
-            return scfa_jax.range_attention(*qkv, pattern["key_start"], pattern["key_stop"], **shared, **options)
-        case "merged":
-            attend = functools.partial(scfa_jax.qk_sparse_attention, *qkv, pattern["query_keep"], **shared, **options)
-            first, keep = pattern["is_first"], pattern["key_keep"]
-            parts = [attend(keep & part, output_dtype=jnp.float32) for part in (first, ~first)]
-            return scfa_jax.merge_attention(*zip(*parts, strict=True), output_dtype=query.dtype)
-        case "index":
-            lengths = {"query_length": query.shape[1], "key_length": key.shape[1]}
-            index = scfa_jax.hash_index(*hashes, **hashed, **shared, **chosen, **lengths)
-            return scfa_jax.sparse_attention(*qkv, index, **options)
-        case _:
-            return scfa_jax.hash_sparse_attention(*qkv, *hashes, **hashed, **shared, **options)
-
-
-def _transformed(attend: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
-    """`(pattern, query, key, value)` to output and log-sum-exp, the same whatever the transformation."""
-    whole = signature.shape[0]
-
-    def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Splits the batch into two parts on a new axis, where an array has it; `function` takes a part's arrays."""
-
-        def run(pattern: dict[str, jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-            named = {**pattern, **dict(zip("qkv", arrays, strict=True))}
-            axes = {name: _batch_axis(x, whole) for name, x in named.items()}
-            split = lambda x, axis: x.reshape(*x.shape[:axis], 2, whole // 2, *x.shape[axis + 1 :])
-            parted = {name: split(x, axes[name]) for name, x in named.items() if axes[name] is not None}
-            rest = {name: x for name, x in named.items() if axes[name] is None}
-            joined = function(parted, rest, {name: axes[name] for name in parted})
-            return tuple(x.reshape(whole, *x.shape[2:]) for x in joined)
-
-        return run
-
-    def call(named: dict[str, jax.Array]) -> Any:
-        return attend({name: x for name, x in named.items() if name not in "qkv"}, *(named[name] for name in "qkv"))
-
-    match signature.transform:
-        case "vmap":
-            return in_parts(lambda parted, rest, axes: jax.vmap(lambda x: call({**rest, **x}), (axes,))(parted))
-        case "scan":
-
-            def scan(parted, rest, axes):
-                leading = {name: jnp.moveaxis(x, axes[name], 0) for name, x in parted.items()}
-                return jax.lax.scan(lambda _, part: (None, call({**rest, **part})), None, leading)[1]
-
-            return in_parts(scan)
-        case "checkpoint":
-            return jax.checkpoint(attend, policy=scfa_jax.remat.save_attention)
-        case "shard_map":
-
-            def on_devices(pattern, *arrays):
-                specs = jax.tree.map(functools.partial(_spec, signature), (pattern, *arrays))
-                rows = PartitionSpec("data", None, "model")
-                return jax.shard_map(attend, mesh=_mesh(signature), in_specs=specs, out_specs=(rows, rows))(
-                    pattern, *arrays
-                )
-
-            return on_devices
-        case _:
-            return attend
-
-
-def _mesh(signature: Signature) -> jax.sharding.Mesh:
-    kind = AxisType.Explicit if signature.transform == "explicit_mesh" else AxisType.Auto
-    devices = jax.devices()[: math.prod(signature.mesh)]
-    return jax.make_mesh(signature.mesh, ("data", "model"), axis_types=(kind,) * 2, devices=devices)
-
-
-def _batch_axis(x: jax.Array, batch: int) -> int | None:
-    """The axis of the batch, if the array has one of its own for each."""
-    axis = 1 if x.ndim == 4 and x.dtype == jnp.int32 else 0  # behind that of the rounds
-    return axis if x.ndim and x.shape[axis] == batch else None
-
-
-def _spec(signature: Signature, x: jax.Array) -> PartitionSpec:
-    """Batch over `data`, heads over `model`, where the array has these axes."""
-    batch_axis = _batch_axis(x, signature.shape[0])
-    names: list[str | None] = [None] * x.ndim
-    if batch_axis is not None:
-        names[batch_axis] = "data"
-    head_axis = (batch_axis or 0) + 2 if x.dtype != jnp.int32 or x.ndim < 4 else 3
-    if x.ndim > head_axis and x.shape[head_axis] > 1:
-        names[head_axis] = "model"
-    return PartitionSpec(*names)

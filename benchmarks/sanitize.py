@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import fuzz, results
+from benchmarks import fuzz, fuzz_program, results
 from scfa_jax.kernels import _compat
 from scfa_jax.tiling import Tile
 
@@ -227,7 +227,7 @@ def run_workload(name: str, signatures: int, cases: int) -> None:
                 jax.block_until_ready(jax.jit(function)(x, y))
     else:
         for signature in small_signatures(signatures):
-            run = fuzz.program(signature)
+            run = fuzz_program.program(signature)
             for number in range(cases):
                 jax.block_until_ready(run(fuzz.draw_case(signature, number)))
     print(DONE, flush=True)

@@ -129,12 +129,12 @@ def dense_results(
     """
     given = output_cotangent, logsumexp_cotangent
 
-    def results(attend: Callable[..., Any], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return results_and_gradients(lambda *qkv: attend(*qkv, mask, scale=scale), *arrays, *given)
+    def results(attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        return results_and_gradients(lambda *qkv: attend(*qkv, mask, scale=scale), q, k, v, *given)
 
-    wide = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
     return Dense(
-        results(reference.attention, *wide),
+        results(reference.attention, q, k, v),
         results(plain_attention, query, key, value),
         summed_terms(query, key, value, mask, *given, scale=scale),
     )
@@ -154,8 +154,8 @@ def problems(got: Sequence[jax.Array | np.ndarray], dense: Dense, dtype: jax.typ
     found = []
     # The reference itself is rounded in float32.
     rounding = float(jnp.finfo(dtype).eps) + float(jnp.finfo(jnp.float32).eps)
-    for name, x, want, rough, term in zip(NAMES, got, *dense, strict=False):
-        x, want, rough = (np.asarray(y, np.float64) for y in (x, want, rough))
+    for name, *arrays, term in zip(NAMES, got, *dense, strict=False):
+        x, want, rough = (np.asarray(y, np.float64) for y in arrays)
         if x.shape != want.shape:
             found.append(f"{name}: shape {x.shape}, not {want.shape}")
             continue

@@ -9,7 +9,7 @@ from conftest import HAS_GPU
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import scfa_jax
-from benchmarks import fuzz, soak
+from benchmarks import fuzz, fuzz_program, soak
 from scfa_jax import reference
 
 # One shape, so that the dense reference is compiled twice at most; the soak run draws from more.
@@ -26,11 +26,11 @@ CASES = 4
 
 @pytest.mark.parametrize(
     "signature",
-    fuzz.draw_signatures(60 if HAS_GPU else 4, 32, SPACE),
+    fuzz.draw_signatures(60 if HAS_GPU else 3, 122, SPACE),
     ids=lambda s: f"{s.operator}-{s.transform}-{s.implementation}",
 )
 def test_random_cases_are_as_exact_as_plain_attention(signature):
-    run = fuzz.program(signature)
+    run = fuzz_program.program(signature)
     for number in range(CASES):
         problems = soak.run_case(signature, number, run, twice=number == 0)
         assert not problems, f"{problems}, repeat by\n{soak.line_for(signature, number)}"

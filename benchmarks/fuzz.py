@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "merged", "index")
+OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "window", "merged", "index")
 TRANSFORMS = ("grad", "forward", "vmap", "scan", "checkpoint", "shard_map", "auto_mesh", "explicit_mesh")
 ON_A_MESH = ("shard_map", "auto_mesh", "explicit_mesh")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFSETS = ("none", "one", "each")  # 0 and static; the same for the batch; one for each of it
 PROMISE = 32
 NUM_ROUNDS = 2
+NUM_SINKS = 3
 
 # T, S; heads, key heads.
 SHORT = ((64, 64), (50, 77), (90, 33), (1, 40), (33, 0))
@@ -48,6 +49,7 @@ class Signature:
         tiles: "small" or "default".
         offset: One of `OFFSETS`.
         segments: Whether there are segment ids.
+        window: Whether attention ends so many positions before the query's own; for operators that know windows.
         exclude_self: Whether a query may not attend to its own position; for hashes.
         broadcast: Whether all heads, and all of the batch, share one pattern.
         scaled: Whether the factor of the scores is given.
@@ -62,6 +64,7 @@ class Signature:
     tiles: str = "small"
     offset: str = "none"
     segments: bool = False
+    window: bool = False
     exclude_self: bool = False
     broadcast: bool = False
     scaled: bool = False
@@ -179,6 +182,7 @@ def draw_signatures(count: int, seed: int, space: Space) -> list[Signature]:
         "tiles": column(space.tiles),
         "offset": column(OFFSETS),
         "segments": column((False, True, False)),
+        "window": column((False, True, False)),
         "exclude_self": column((False, True)),
         "broadcast": column((False, False, True)),
         "scaled": column((False, False, True)),
@@ -206,6 +210,8 @@ def _possible(
         head_dim = 40
     if operator == "range":
         options["offset"] = "none"
+    if operator in ("range", "window", "merged"):
+        options["window"] = operator == "window"
     if options["transform"] in ON_A_MESH and not min(lengths):
         options["transform"] = "grad"
     if options["transform"] == "shard_map" and options["implementation"] == "triton_interpret":
@@ -265,6 +271,8 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         shape = () if signature.offset == "one" else (batch,)
         offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
         pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), shape).astype(np.int32)
+    if signature.window:
+        pattern["window"] = np.int32(rng.choice([0, 1, 5, key_length, 2**31 - 1]))
     if signature.segments:
         kind = str(rng.choice(("one", "runs", "padded", "scattered", "huge", "padding")))
         for name, length in (("query_segment_ids", query_length), ("key_segment_ids", key_length)):
@@ -315,8 +323,11 @@ def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarr
         mask = (on_query("key_start") <= key) & (key < on_query("key_stop"))
     else:
         offset = pattern.get("query_offset", np.zeros((), np.int32)).astype(np.int64).reshape(-1, 1)
-        last = offset + np.arange(query_length) - int(signature.exclude_self and "query_hash" in pattern)
-        mask = key <= last[:, None, :, None]
+        position = (offset + np.arange(query_length))[:, None, :, None]
+        mask = key <= position - int(signature.exclude_self and "query_hash" in pattern)
+        if signature.window:
+            seen = key > position - pattern["window"]
+            mask = mask & (seen | _is_sink(pattern, key_length) if signature.operator == "window" else seen)
     if "query_hash" in pattern:
         same = on_query("query_hash") == on_key("key_hash" if "key_hash" in pattern else "query_hash")
         mask = mask & (same.any(0) if signature.operator == "rounds" else same)
@@ -326,3 +337,10 @@ def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarr
         segment = pattern["query_segment_ids"][:, None, :, None]
         mask = mask & (segment >= 0) & (segment == pattern["key_segment_ids"][:, None, None, :])
     return np.broadcast_to(mask, (batch, heads, query_length, key_length))
+
+
+def _is_sink(pattern: dict[str, np.ndarray], key_length: int) -> np.ndarray:
+    """Whether a key is one of the first of its segment, bool `[B or 1, 1, 1, S]`."""
+    segment = pattern.get("key_segment_ids", np.zeros((1, key_length), np.int32))
+    number = np.tril(segment[:, :, None] == segment[:, None, :], k=-1).sum(axis=2)
+    return (number < NUM_SINKS)[:, None, None]

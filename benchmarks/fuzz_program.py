@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import scfa_jax
 from benchmarks import tolerance
-from benchmarks.fuzz import PROMISE, Case, Signature
+from benchmarks.fuzz import NUM_SINKS, PROMISE, Case, Signature
 from scfa_jax import BlockSizes, Tile
 
 Program: TypeAlias = Callable[[Case], tuple[jax.Array, ...]]
@@ -70,8 +70,7 @@ def _attend(
     """Output and log-sum-exp by the operator."""
     operators: Any = scfa_jax
     hashed: dict[str, Any] = {name: x for name, x in pattern.items() if name.endswith("segment_ids")}
-    if "query_offset" in pattern:
-        hashed["query_offset"] = pattern["query_offset"]
+    hashed |= {name: pattern[name] for name in ("query_offset", "window") if name in pattern}
     if signature.implementation != "default":
         hashed["implementation"] = signature.implementation
     blocks = SMALL_TILES if signature.tiles == "small" else None
@@ -87,6 +86,8 @@ def _attend(
             return operators.causal_attention(*qkv, **common)
         case "keep":
             return operators.qk_sparse_attention(*qkv, pattern["query_keep"], pattern["key_keep"], **common)
+        case "window":
+            return operators.window_attention(*qkv, num_sinks=NUM_SINKS, **common)
         case "range":
             return operators.range_attention(*qkv, pattern["key_start"], pattern["key_stop"], **common)
         case "merged":

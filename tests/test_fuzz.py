@@ -26,7 +26,7 @@ CASES = 4
 
 @pytest.mark.parametrize(
     "signature",
-    fuzz.draw_signatures(60 if HAS_GPU else 3, 122, SPACE),
+    fuzz.draw_signatures(60 if HAS_GPU else 3, 212, SPACE),
     ids=lambda s: f"{s.operator}-{s.transform}-{s.implementation}",
 )
 def test_random_cases_are_as_exact_as_plain_attention(signature):
@@ -46,6 +46,7 @@ def test_signatures_cover_everything_and_are_read_back():
         ("dtype", fuzz.DTYPES),
         ("offset", fuzz.OFFSETS),
         ("segments", (False, True)),
+        ("window", (False, True)),
         ("broadcast", (False, True)),
         ("exclude_self", (False, True)),
         ("tiles", ("small", "default")),
@@ -66,24 +67,31 @@ def test_signatures_cover_everything_and_are_read_back():
 @pytest.mark.parametrize("operator", [name for name in fuzz.OPERATORS if name != "index"])
 def test_masks_are_those_of_the_reference(operator):
     """The generator works out by itself what may be attended to. The value of key s points in direction s."""
-    segments = operator in ("causal", "range")
+    segments = operator in ("causal", "range", "window")
     offset = "each" if operator in ("hash", "keep") else "none"
-    signature = fuzz.Signature(operator, (2, 9, 12, 4, 2, 1), offset=offset, segments=segments, exclude_self=True)
+    window = operator in ("causal", "hash", "window")
+    signature = fuzz.Signature(
+        operator, (2, 9, 12, 4, 2, 1), offset=offset, segments=segments, window=window, exclude_self=True
+    )
     if operator == "shared_hash":
         signature = dataclasses.replace(signature, shape=(2, 9, 9, 4, 4, 1))
     pattern = fuzz.draw_case(signature, 7).pattern
-    shared = {name: pattern[name] for name in pattern if name.endswith("segment_ids") or name == "query_offset"}
+    shared = {
+        name: pattern[name] for name in pattern if name.endswith("segment_ids") or name in ("query_offset", "window")
+    }
     rows = tuple(pattern[name] for name in pattern if name not in shared and name != "is_first")
-    name = {"causal": "causal", "range": "range", "keep": "qk_sparse", "merged": "qk_sparse"}.get(
+    name = {"causal": "causal", "range": "range", "window": "window", "keep": "qk_sparse", "merged": "qk_sparse"}.get(
         operator, "hash_sparse"
     )
-    options = {"exclude_self": True} if name == "hash_sparse" else {}
+    static = {"exclude_self": True} if name == "hash_sparse" else {}
+    if operator == "window":
+        static["num_sinks"] = fuzz.NUM_SINKS
     batch, query_length, key_length, heads, key_heads, _ = signature.shape
     query = np.zeros((batch, query_length, heads, key_length), np.float32)
     key = np.zeros((batch, key_length, key_heads, key_length), np.float32)
     value = np.broadcast_to(np.eye(key_length, dtype=np.float32)[None, :, None], key.shape)
     attend = getattr(reference, f"{name}_attention")
-    output = jax.jit(lambda *arrays: attend(*arrays, *rows, **shared, **options))(query, key, value)
+    output = jax.jit(lambda *arrays: attend(*arrays, *rows, **shared, **static))(query, key, value)
     np.testing.assert_array_equal(np.asarray(output) > 0, fuzz.dense_mask(signature, pattern).swapaxes(1, 2))
 
 

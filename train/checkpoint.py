@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from train.errors import TrainError
+from train.processes import is_first
 from train.step import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -45,7 +46,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(KEPT), best]),
             create=True,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
         except OSError as error:
@@ -65,7 +66,8 @@ class Checkpoints:
             if exception[0] is None:  # else it is told what went wrong first
                 raise self._cannot_write(error) from error
         finally:
-            for partial in self._path.glob("*.orbax-checkpoint-tmp"):  # a whole one has another name
+            # A whole one has another name.
+            for partial in self._path.glob("*.orbax-checkpoint-tmp") if is_first() else ():
                 shutil.rmtree(partial, ignore_errors=True)
 
     @property
@@ -110,7 +112,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
+                    state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(batches.get_state())
                 ),
                 metrics={"held_out_loss": held_out_loss},
             )
@@ -124,18 +126,20 @@ class Checkpoints:
             batches: Moved to where it stood, if given.
 
         Returns:
-            The state, on the devices of `like`.
+            The state, cut over devices as `like` is, whatever it was saved on.
 
         Raises:
             TrainError: The checkpoint is damaged, or of another model or optimizer.
         """
-        data = {} if batches is None else {"data": grain.checkpoint.CheckpointRestore(batches)}
+        data = {} if batches is None else {"data": ocp.args.JsonRestore()}
         try:
             self._check_fits(step, like)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **data)
             )
+            if batches is not None:
+                batches.set_state(restored["data"])
         except TrainError:
             raise
         except Exception as error:  # orbax raises whatever its storage layers do

@@ -17,6 +17,7 @@ from models import ModelConfig
 from train.config import Config, DataConfig, OptimizerConfig, RunConfig
 from train.data import Corpus
 from train.errors import TrainError
+from train.processes import first_does
 
 CONFIG_FILE = "config.json"
 RUNS_FOLDER = Path("runs")
@@ -24,7 +25,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def open_folder(config: Config, corpus: Corpus) -> Path:
-    """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text."""
+    """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text.
+
+    Of several processes the first makes it, and the others find the name in `--out`.
+    """
     if config.run.resume:
         folder = Path(config.run.out or "")
         facts = load_facts(folder)
@@ -34,11 +38,13 @@ def open_folder(config: Config, corpus: Corpus) -> Path:
                 f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
                 f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
             )
-        changed = _changed(facts, _facts(corpus))
+        changed = _changed(facts, _facts(corpus), config)
         if changed:
             print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
         return folder
-    return _make_folder(config, corpus)
+    made: list[Path] = []
+    first_does(lambda: made.append(_make_folder(config, corpus)))
+    return made[0] if made else expanded("out", config.run.out or "")
 
 
 def _make_folder(config: Config, corpus: Corpus) -> Path:
@@ -71,14 +77,15 @@ def _facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Versions and devices that differ, for people; empty if none does."""
+def _changed(old: dict[str, Any], new: dict[str, Any], config: Config) -> str:
+    """Versions, devices and the mesh, where they differ, for people; empty if none does."""
     sections = {"versions": (*PACKAGES,), "device": ("kind", "cpu_cores")}
     pairs = [
         (name, old.get(section, {}).get(name), new[section][name])
         for section, names in sections.items()
         for name in names
     ]
+    pairs.append(("mesh", old["config"]["run"].get("mesh"), config.run.mesh))
     return ", ".join(f"{name} was {before}, is {now}" for name, before, now in pairs if before != now)
 
 
@@ -120,12 +127,12 @@ def load_config(folder: Path) -> Config:
     """
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
-        run = {**sections["run"], "out": str(folder), "resume": False, "seconds": None, "stop_at": None}
+        of_a_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "distributed": None}
         return Config(
             model=ModelConfig(**sections["model"]),
             data=DataConfig(**sections["data"]),
             optimizer=OptimizerConfig(**sections["optimizer"]),
-            run=RunConfig(**run),
+            run=RunConfig(**{**sections["run"], **of_a_session}),
         )
     except (KeyError, TypeError) as error:
         path = folder / CONFIG_FILE

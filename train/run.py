@@ -13,10 +13,12 @@ from train.data import Corpus, load_corpus, training_batches
 from train.flops import model_flops
 from train.folder import open_folder
 from train.loop import compile_steps, train
+from train.mesh import gathered, init_on, make_mesh, rows_to_read
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
+from train.processes import is_first, one_speaks
 from train.sample import SampleOptions, write_sample
-from train.step import LanguageModel, TrainState, init
+from train.step import LanguageModel, TrainState
 
 
 def run(config: Config) -> int:
@@ -31,17 +33,22 @@ def run(config: Config) -> int:
     Raises:
         TrainError: Something the user can put right; nothing was overwritten.
     """
-    data = config.data
+    with one_speaks():
+        return _run(config)
+
+
+def _run(config: Config) -> int:
+    data, mesh = config.data, make_mesh(config.run.mesh)
     corpus = load_corpus(data)
     folder = open_folder(config, corpus)
-    model, state = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=data.seq_len)
+    model, state = init_on(mesh, config, corpus.vocab_size)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
-    device = jax.devices()[0].device_kind
+    device = jax.devices()[0].device_kind if mesh is None else f"{mesh.size} x {jax.devices()[0].device_kind}"
     print(f"{corpus.name}: {corpus.train.size:,} {corpus.unit}s to train on, {corpus.held_out.size:,} held out")
     print(f"{parameters:,} parameters, {config.model.attention} attention, {config.model.dtype} on {device}")
     print(f"writing to {folder}")
 
-    batches = training_batches(corpus, data, config.optimizer.seed)
+    batches = training_batches(corpus, data, config.optimizer.seed, *rows_to_read(mesh, data.batch_size))
     with Checkpoints(folder) as checkpoints:
         if config.run.resume:
             if checkpoints.latest_step is None:
@@ -66,7 +73,10 @@ def run(config: Config) -> int:
     if stopped_by is not None:
         print(f"{stopped_by.name} at step {step}, checkpoint saved: python -m train --resume --out {folder}")
         return 128 + stopped_by
-    _finish(config, corpus, folder, model, state, metrics)
+    # A sample is made by one device of the first process.
+    params, fixed = gathered(mesh, (state.params, state.fixed))
+    if is_first():
+        _finish(config, corpus, folder, model, state._replace(params=params, fixed=fixed), metrics)
     if step < config.optimizer.steps:
         print(f"stopped as asked at step {step}, checkpoint saved: python -m train --resume --out {folder}")
     return 0

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from models import ModelConfig, Transformer
+from models.sharding import BATCH, cut
 from train.config import OptimizerConfig
 from train.data import Batch
 from train.loss import cross_entropy
@@ -95,7 +96,7 @@ def train_step(
         """The part's share of the mean over all tokens."""
         transformer = model.merge(params, state.fixed)
         tokens, targets, segment_ids = inputs_and_targets(batch)
-        features = transformer.features(tokens, draws=draws, segment_ids=segment_ids)
+        features = _for_loss(transformer.features(tokens, draws=draws, segment_ids=segment_ids))
         return cross_entropy(features, _table(transformer), targets, jnp.full(targets.shape, 1 / (batch_size * length)))
 
     loss, gradients = _accumulated(jax.value_and_grad(loss_of), state.params, (batch, draws), config.accumulate)
@@ -109,7 +110,7 @@ def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch, weigh
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
     transformer = model.merge(params, fixed)
     tokens, targets, segment_ids = inputs_and_targets(batch)
-    features = transformer.features(tokens, segment_ids=segment_ids)
+    features = _for_loss(transformer.features(tokens, segment_ids=segment_ids))
     return cross_entropy(features, _table(transformer), targets, jnp.broadcast_to(weights[:, None], targets.shape))
 
 
@@ -131,13 +132,18 @@ def _accumulated(
     def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if path[-1] == jax.tree_util.DictKey("rotations"):  # of a draw: they serve all sequences of a step
             return jnp.broadcast_to(x, (parts, *x.shape))
-        return x.reshape(parts, batch_size // parts, *x.shape[1:])
+        return cut(x.reshape(parts, batch_size // parts, *x.shape[1:]), None, BATCH)
 
     def add(sums: tuple[jax.Array, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, jax.tree.map_with_path(split, whole))[0]
+
+
+def _for_loss(features: jax.Array) -> jax.Array:
+    """Features `[B, T, width]` cut over all devices of a mesh: each scores its own tokens by the whole vocabulary."""
+    return cut(features, BATCH, "model")
 
 
 def _table(transformer: Transformer) -> jax.Array:

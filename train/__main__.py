@@ -38,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A log file is up to date while it runs, and no text or file name is one it cannot take.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    # Orbax logs tracebacks of what it raises as well, and this program says in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs tracebacks of what it raises as well, and this program says in one line; its loop of writes does so
+    # for all that fail after the one that was raised.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:

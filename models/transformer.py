@@ -165,7 +165,7 @@ class Transformer(nnx.Module):
         """
         # Whole where it is looked up, on every device of a mesh: any token may stand anywhere in it.
         table = cut(self.embedding.embedding[...].astype(self.embedding.dtype))
-        x = jnp.take(table, tokens.astype(jnp.int32), axis=0)
+        x = jnp.take(table, cut(tokens.astype(jnp.int32), BATCH), axis=0)
         if self.position is None:
             return cut(x, BATCH)
         self._check_length(tokens.shape[1])

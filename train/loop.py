@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,11 +20,11 @@ from train.checkpoint import Checkpoints
 from train.config import Config, DataConfig
 from train.data import Batch, Corpus, held_out_batches
 from train.errors import TrainError
-from train.mesh import make_mesh, on_all, over_batch, place, place_rows, shardings
+from train.mesh import lower, lower_step, make_mesh, on_all, over_batch, place, place_rows
 from train.metrics import Metrics, Units
 from train.processes import Agreement
 from train.progress import LAG, NotFiniteError, Progress
-from train.step import LanguageModel, Measured, TrainState, eval_step, train_step
+from train.step import LanguageModel, Measured, TrainState, eval_step
 from train.stop import StopRequest
 
 TIME_IS_UP = 1  # no signal that is caught has this number
@@ -51,20 +50,19 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
     # Per compilation, not in XLA_FLAGS: those are read once, and hold for all that the process computes.
     options: dict[str, str | bool] | None = {"xla_gpu_deterministic_ops": True} if config.run.deterministic else None
 
-    def compiled(function: Callable[..., Any], *arguments: Any, **jit: Any) -> Any:
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            return jax.jit(function, **jit).lower(*arguments).compile(compiler_options=options)
-
-    whole = {} if mesh is None else {"out_shardings": on_all(mesh)}
+    outputs = None if mesh is None else on_all(mesh)
+    evaluation = lower(
+        mesh, functools.partial(eval_step, model), state.params, state.fixed, part, weights, out_shardings=outputs
+    )
     buckets = None
     if "hash" in config.model.layer_kinds():
-        buckets = compiled(functools.partial(bucket_step, model), state.params, state.fixed, part, **whole)
-    cut_state = {} if mesh is None else {"out_shardings": (shardings(mesh, state), on_all(mesh))}
-    step = functools.partial(train_step, model, config.optimizer)
+        buckets = lower(
+            mesh, functools.partial(bucket_step, model), state.params, state.fixed, part, out_shardings=outputs
+        )
     steps = Compiled(
-        compiled(step, state, batch, donate_argnums=0, **cut_state),
-        compiled(functools.partial(eval_step, model), state.params, state.fixed, part, weights, **whole),
-        buckets,
+        lower_step(mesh, model, config.optimizer, state, batch).compile(compiler_options=options),
+        evaluation.compile(compiler_options=options),
+        buckets and buckets.compile(compiler_options=options),
     )
     return steps if mesh is None else _placing(mesh, steps, batch_size)
 

@@ -5,9 +5,11 @@ Without a mesh all of this leaves arrays as they are, on one device.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,10 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.sharding import AXES, BATCH, parameter_spec
-from train.config import Config
+from train.config import Config, OptimizerConfig
 from train.data import Batch
 from train.errors import TrainError
-from train.step import LanguageModel, TrainState, init
+from train.step import LanguageModel, TrainState, init, train_step
 
 Tree = TypeVar("Tree")
 
@@ -98,6 +100,21 @@ def init_on(mesh: Mesh | None, config: Config, vocab_size: int) -> tuple[Languag
 def shardings(mesh: Mesh, state: Tree) -> Tree:
     """How each array of a training state is cut: parameters, and the optimizer's alike, as their names say."""
     return jax.tree.map_with_path(lambda path, x: NamedSharding(mesh, parameter_spec(path, x.shape, mesh.shape)), state)
+
+
+def lower_step(
+    mesh: Mesh | None, model: LanguageModel, optimizer: OptimizerConfig, state: TrainState, batch: Batch
+) -> jax.stages.Lowered:
+    """`train.step.train_step` for states and batches like these, ready to be compiled; it donates the state."""
+    step = functools.partial(train_step, model, optimizer)
+    outputs = None if mesh is None else (shardings(mesh, state), on_all(mesh))
+    return lower(mesh, step, state, batch, out_shardings=outputs, donate_argnums=0)
+
+
+def lower(mesh: Mesh | None, function: Callable[..., Any], *arguments: Any, **options: Any) -> jax.stages.Lowered:
+    """`jax.jit(function, **options).lower(*arguments)`, where `models.sharding.cut` knows the mesh."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return jax.jit(function, **options).lower(*arguments)
 
 
 def on_all(mesh: Mesh) -> NamedSharding:

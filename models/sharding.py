@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")  # what the batch is cut over
 
 # By the name of a module and of its parameter. Vectors of the residual stream's width, and all else, stay whole.
-_SPECS = {
+_SPECS: dict[tuple[Any, ...], P] = {
     ("embedding", "embedding"): P("model", "fsdp"),
     ("position", "embedding"): P(None, "fsdp"),
     ("query", "kernel"): P("fsdp", "model"),

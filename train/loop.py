@@ -56,13 +56,13 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
     )
     buckets = None
     if "hash" in config.model.layer_kinds():
-        buckets = lower(
-            mesh, functools.partial(bucket_step, model), state.params, state.fixed, part, out_shardings=outputs
-        )
+        measured = functools.partial(bucket_step, model)
+        lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
+        buckets = lowered.compile(compiler_options=options)
     steps = Compiled(
         lower_step(mesh, model, config.optimizer, state, batch).compile(compiler_options=options),
         evaluation.compile(compiler_options=options),
-        buckets and buckets.compile(compiler_options=options),
+        buckets,
     )
     return steps if mesh is None else _placing(mesh, steps, batch_size)
 

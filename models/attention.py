@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.reformer import reformer_attention
 from models.rotary import rotary
 from scfa_jax import lsh_hash
-from scfa_jax.nnx import CausalSelfAttention
+from scfa_jax.nnx import CausalSelfAttention, KeptDraw
 from scfa_jax.sparsity import Drop, Hash, Layout, Sparsity, normalize
 
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
@@ -40,7 +40,7 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
-    kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity]] = {
+    kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
         "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
@@ -142,6 +142,8 @@ class ReformerSelfAttention(CausalSelfAttention):
 
     It cannot decode: which chunk a token is in depends on later tokens too.
     """
+
+    rotations: KeptDraw
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, rotations: jax.Array | None = None, **options: Any

@@ -5,26 +5,21 @@ Nothing here imports Flax, and every shape is static: one compilation serves all
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from scfa_jax.sparsity import Drop, Hash, Implementation, Layout, Operands, Sparsity, operands
+from scfa_jax.sparsity import Implementation, Layout, Operands, Sparsity, kind_of, operands
 
-
-class Cache(NamedTuple):
-    """What attention keeps of `S` places, filled one after another; the fields have Flax's names."""
-
-    cached_key: jax.Array  # [B, S, K, H], as keys enter attention: rotated, normalised
-    cached_value: jax.Array  # [B, S, K, H]
-    cache_index: jax.Array  # int32 [], the next place
-    cached_hash: jax.Array | None = None  # int32 [B, S, K], the bucket of each key; in hash mode
-    cached_keep: jax.Array | None = None  # bool [B, S, K], whether the key takes part; in drop mode
+# What attention keeps of `S` places, filled one after another, under Flax's names: `cached_key` and `cached_value`
+# `[B, S, K, H]`, as they enter attention; `cached_<mark>` `[B, S, K]` for each mark of a key; and `cache_index`,
+# int32 `[]`, the next place.
+Cache: TypeAlias = dict[str, jax.Array]
 
 
 def empty_cache(
-    layout: Layout, sparsity: Sparsity, batch_size: int, max_length: int, dtype: jax.typing.DTypeLike
+    layout: Layout, sparsity: Sparsity | None, batch_size: int, max_length: int, dtype: jax.typing.DTypeLike
 ) -> Cache:
     """Makes a cache without tokens.
 
@@ -44,13 +39,13 @@ def empty_cache(
     if max_length < 1:
         raise ValueError(f"A cache must have room for at least 1 token, got {max_length}.")
     places = (batch_size, max_length, layout.num_key_value_heads)
-    return Cache(
-        cached_key=jnp.zeros((*places, layout.head_dim), dtype),
-        cached_value=jnp.zeros((*places, layout.head_dim), dtype),
-        cache_index=jnp.zeros((), jnp.int32),
-        cached_hash=jnp.zeros(places, jnp.int32) if isinstance(sparsity, Hash) else None,
-        cached_keep=jnp.zeros(places, bool) if isinstance(sparsity, Drop) else None,
-    )
+    marks = kind_of(sparsity).cached_marks
+    return {
+        "cached_key": jnp.zeros((*places, layout.head_dim), dtype),
+        "cached_value": jnp.zeros((*places, layout.head_dim), dtype),
+        "cache_index": jnp.zeros((), jnp.int32),
+        **{f"cached_{name}": jnp.full(places, fill) for name, fill in marks.items()},
+    }
 
 
 def attend_cached(
@@ -58,11 +53,9 @@ def attend_cached(
     query: jax.Array,
     key: jax.Array | None,
     value: jax.Array,
-    sparsity: Sparsity = None,
+    sparsity: Sparsity | None = None,
     *,
     positions: jax.Array | None = None,
-    query_keep: jax.Array | None = None,
-    key_keep: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: Implementation = None,
     **options: Any,
@@ -77,10 +70,8 @@ def attend_cached(
         query: float `[B, T, N, H]`.
         key: float `[B, T, K, H]`, or None to make it of the query.
         value: float `[B, T, K, H]`.
-        sparsity: None, `Hash` or `Drop`, that of the cache.
+        sparsity: A kind or None, that of the cache.
         positions: int32 `[1 or B, T]` for `rotary`; if None, they go on from `cache.cache_index`.
-        query_keep: bool `[B, T, N]`, for `Drop`; everything is kept if None.
-        key_keep: bool `[B, T, K]`, given if and only if `query_keep` is.
         segment_ids: Must be None.
         implementation: As in `scfa_jax.causal_attention`; one token at a time makes no difference.
         **options: The further options of `scfa_jax.sparsity.operands`.
@@ -96,71 +87,60 @@ def attend_cached(
     """
     if segment_ids is not None:
         raise NotImplementedError("segment_ids must be None in decoding: the cache holds one sequence a batch element.")
-    (batch, length, heads, _), (cached_batch, max_length, key_heads, _) = query.shape, cache.cached_key.shape
+    (batch, length), (cached_batch, max_length) = query.shape[:2], cache["cached_key"].shape[:2]
     if batch != cached_batch or length > max_length:
         raise ValueError(
             f"x must have the batch size of the cache, {cached_batch}, and at most its {max_length} tokens, "
             f"got {batch} and {length}."
         )
-    start = cache.cache_index
+    start, kind = cache["cache_index"], kind_of(sparsity)
     if options.get("rotary") is not None and positions is None:
         positions = start + jnp.arange(length, dtype=jnp.int32)[None]
-    if isinstance(sparsity, Drop) and query_keep is None and key_keep is None:
-        query_keep, key_keep = jnp.ones((batch, length, heads), bool), jnp.ones((batch, length, key_heads), bool)
-    new = operands(
-        query, key, value, sparsity, positions=positions, query_keep=query_keep, key_keep=key_keep, **options
-    )
+    new = operands(query, key, value, sparsity, positions=positions, **options)
     cache = _extended(cache, new)
-    seen = new._replace(
-        key=cache.cached_key, value=cache.cached_value, key_hash=cache.cached_hash, key_keep=cache.cached_keep
-    )
+    marks = {name: cache[f"cached_{name}"] for name in kind.cached_marks}
+    seen = new._replace(key=cache["cached_key"], value=cache["cached_value"], key_marks=marks)
     if length == 1:
-        output = _attend_from_one(seen, start - int(isinstance(sparsity, Hash) and sparsity.exclude_self))
+        output = _attend_from_one(seen, kind, start)
     else:
         # Places behind the new tokens are later than they are: causality hides them.
-        output = seen.attend(sparsity, query_offset=start, implementation=implementation)
-    return jnp.where(cache.cache_index <= max_length, output, jnp.nan), cache
+        output = kind.attend(seen, query_offset=start, implementation=implementation)
+    return jnp.where(cache["cache_index"] <= max_length, output, jnp.nan), cache
 
 
 def _extended(cache: Cache, new: Operands) -> Cache:
     """The cache with the keys of `new` written at its index."""
-    if cache.cached_key.dtype != new.key.dtype:
+    if cache["cached_key"].dtype != new.key.dtype:
         raise TypeError(
-            f"The cache must have the dtype of the computation, {new.key.dtype}, got {cache.cached_key.dtype}."
+            f"The cache must have the dtype of the computation, {new.key.dtype}, got {cache['cached_key'].dtype}."
         )
-    rows = {
-        "cached_key": new.key,
-        "cached_value": new.value,
-        "cached_hash": new.query_hash if new.key_hash is None else new.key_hash,
-        "cached_keep": new.key_keep,
-    }
-    length = new.query.shape[1]
+    marks = new.query_marks if new.key_marks is None else new.key_marks
+    rows = {"key": new.key, "value": new.value} | marks
     written = {
-        name: jax.lax.dynamic_update_slice_in_dim(getattr(cache, name), row, cache.cache_index, axis=1)
+        f"cached_{name}": jax.lax.dynamic_update_slice_in_dim(
+            cache[f"cached_{name}"], row, cache["cache_index"], axis=1
+        )
         for name, row in rows.items()
-        if row is not None
     }
-    return cache._replace(cache_index=cache.cache_index + length, **written)
+    return cache | written | {"cache_index": cache["cache_index"] + new.query.shape[1]}
 
 
-def _attend_from_one(seen: Operands, last: jax.Array) -> jax.Array:
-    """Attention of one query a head to the keys at or before the place `last`: `[B, 1, N, H]`."""
+def _attend_from_one(seen: Operands, kind: Sparsity, position: jax.Array) -> jax.Array:
+    """Attention of one query a head, at a position, to all the keys that it meets: `[B, 1, N, H]`."""
     batch, _, heads, head_dim = seen.query.shape
     length, key_heads = seen.key.shape[1:3]
 
     def on_query(x: jax.Array) -> jax.Array:
-        """`[B, 1, N, ...]` by key head and place in its group: `[B, K, N // K, ...]`."""
-        return x.reshape(batch, key_heads, heads // key_heads, *x.shape[3:])
+        """`[_, 1, N, ...]` by key head and place in its group: `[_, K, N // K, ...]`."""
+        return x.reshape(x.shape[0], key_heads, heads // key_heads, *x.shape[3:])
 
-    def on_key(x: jax.Array) -> jax.Array:
-        """`[B, S, K]` beside `on_query`: `[B, K, 1, S]`."""
-        return x.swapaxes(1, 2)[:, :, None]
-
-    mask = jnp.broadcast_to(jnp.arange(length) <= last, (batch, key_heads, heads // key_heads, length))
-    if seen.query_hash is not None and seen.key_hash is not None:
-        mask &= on_query(seen.query_hash)[..., None] == on_key(seen.key_hash)
-    if seen.query_keep is not None and seen.key_keep is not None:
-        mask &= on_query(seen.query_keep)[..., None] & on_key(seen.key_keep)
+    mask = kind.mask(
+        {name: on_query(x)[..., None, None] for name, x in seen.query_marks.items()},
+        {name: x.swapaxes(1, 2)[:, :, None, None] for name, x in (seen.key_marks or {}).items()},
+        jnp.full((1, 1), position),
+        jnp.arange(length),
+    )
+    mask = jnp.broadcast_to(mask, (batch, key_heads, heads // key_heads, 1, length))[..., 0, :]
 
     # As in the operators: sums in float32, and a row that takes no part reaches nothing, be it NaN.
     exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}

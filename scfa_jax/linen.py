@@ -17,7 +17,7 @@ from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
 from scfa_jax.decoding import Cache, attend_cached, empty_cache
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Hash as Hash
-from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
+from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
 
 RNG_STREAM = "sparsity"
 COLLECTION = "sparsity"
@@ -45,10 +45,10 @@ class CausalSelfAttention(nn.Module):
         num_heads: Number of query heads, `N`.
         num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
         head_dim: Width of a head, `H`; `in_features // num_heads` if None.
-        sparsity: None, `Hash(num_buckets)` or `Drop(rate)`.
+        sparsity: A kind, such as `Hash(num_buckets)` or `Drop(rate)`; None for dense attention.
         share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
-            only in hash mode.
-        normalize_key: Whether keys are scaled to unit length; if None, only in hash mode.
+            only where the kind of sparsity asks for it, as `Hash` does.
+        normalize_key: Whether keys are scaled to unit length; if None, likewise.
         rotary: Called as `rotary(x, positions)` with queries or keys `[B, T, heads, H]` and int32 positions
             `[1 or B, T]` before anything else happens to them; returns the like of `x`.
         use_bias: Whether the projections have biases.
@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
     num_heads: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    sparsity: Sparsity = None
+    sparsity: Sparsity | None = None
     share_query_key: bool | None = None
     normalize_key: bool | None = None
     rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -117,9 +117,16 @@ class CausalSelfAttention(nn.Module):
             self.key = project(key_shape, kernel_init=self.kernel_init)
         self.value = project(key_shape, kernel_init=self.kernel_init)
         self.out = project(self.in_features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init)
-        # Training needs no stored rotations: `{"params": ...}` alone is enough there.
-        if isinstance(self.sparsity, Hash) and (self.is_initializing() or self.has_variable(COLLECTION, "rotations")):
-            self.rotations = self.variable(COLLECTION, "rotations", lambda: self._new_draw(1, 1)["rotations"])
+        kind = kind_of(self.sparsity)
+        self.own_parameters = {
+            name: self.param(name, init, shape, self.param_dtype)
+            for name, (init, shape) in kind.parameters(self.layout).items()
+        }
+        # Training needs no kept draw: `{"params": ...}` alone is enough there.
+        if self.is_initializing() and kind.kept_draw:
+            drawn = self._new_draw(1, 1)
+            for name in kind.kept_draw:
+                self.variable(COLLECTION, name, lambda x: x, drawn[name])
 
     def draw(self, batch_size: int, length: int, *, deterministic: bool | None = None) -> dict[str, jax.Array]:
         """Draws what one call needs at random; pass it on as `module(x, **draw)`.
@@ -142,19 +149,18 @@ class CausalSelfAttention(nn.Module):
                 "sparsity" is missing at evaluation in hash mode.
             flax.errors.InvalidRngError: A new draw is needed and there is no stream "sparsity".
         """
-        if self.sparsity is None:
+        kind = kind_of(self.sparsity)
+        if not (kind.draws(deterministic=False) or kind.draws(deterministic=True)):
             return {}
-        deterministic = self.decode or merge_param("deterministic", self.deterministic, deterministic)
-        if isinstance(self.sparsity, Hash) and deterministic:
-            if not self.has_variable(COLLECTION, "rotations"):
+        if kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic)):
+            return self._new_draw(batch_size, length)
+        for name in kind.kept_draw:
+            if not self.has_variable(COLLECTION, name):
                 raise ValueError(
                     f"variables must have the collection {COLLECTION!r} at evaluation, "
-                    f"where init put the rotations beside 'params'."
+                    f"where init put the {name} beside 'params'."
                 )
-            return {"rotations": self.rotations.value}
-        if isinstance(self.sparsity, Drop) and deterministic and not self.sparsity.drop_at_evaluation:
-            return {}
-        return self._new_draw(batch_size, length)
+        return {name: self.get_variable(COLLECTION, name) for name in kind.kept_draw}
 
     def __call__(
         self,
@@ -162,10 +168,8 @@ class CausalSelfAttention(nn.Module):
         *,
         deterministic: bool | None = None,
         positions: jax.Array | None = None,
-        rotations: jax.Array | None = None,
-        query_keep: jax.Array | None = None,
-        key_keep: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        **draw: jax.Array,
     ) -> jax.Array:
         """Attends.
 
@@ -174,11 +178,10 @@ class CausalSelfAttention(nn.Module):
             deterministic: Whether to evaluate, unless the module says so.
             positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None, and what
                 follows the cache in decoding.
-            rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
-            query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
-            key_keep: bool `[B, T, K]`, together with `query_keep`.
             segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
                 below 0 (padding). Positions for `rotary` are not counted anew in each segment. Not in decoding.
+            **draw: What `draw` returns, or the like: `rotations`, float32 `[K, H, num_buckets // 2]`, in hash mode;
+                `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`, in drop mode. Drawn here if left out.
 
         Returns:
             `[B, T, E]`; in decoding NaN past the cache's end.
@@ -190,8 +193,7 @@ class CausalSelfAttention(nn.Module):
             NotImplementedError: There are segments in decoding.
         """
         self.layout.check_input("x", x.shape)
-        given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
-        draw = {name: drawn for name, drawn in given.items() if drawn is not None}
+        draw = {name: drawn for name, drawn in draw.items() if drawn is not None}
         draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)
         options: dict[str, Any] = {
             "normalize_key": self.layout.normalize_key,
@@ -199,7 +201,9 @@ class CausalSelfAttention(nn.Module):
             "positions": positions,
             "segment_ids": segment_ids,
             "implementation": self.implementation,
+            "tokens": x,
             **draw,
+            **self.own_parameters,
         }
 
         query, value = self.query(x), self.value(x)
@@ -217,13 +221,11 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"variables must have the collection {CACHE!r} to decode with, which init of [B, max_length, E] makes."
             )
-        return Cache(*(self.get_variable(CACHE, name) for name in Cache._fields))
+        return dict(self.variables[CACHE])
 
     def _put_cache(self, cache: Cache) -> None:
-        for name, x in cache._asdict().items():
-            if x is not None:
-                self.put_variable(CACHE, name, x)
+        for name, x in cache.items():
+            self.put_variable(CACHE, name, x)
 
     def _new_draw(self, batch_size: int, length: int) -> dict[str, jax.Array]:
-        assert self.sparsity is not None
-        return self.sparsity.draw(self.make_rng(RNG_STREAM), batch_size, length, self.layout)
+        return kind_of(self.sparsity).draw(self.make_rng(RNG_STREAM), batch_size, length, self.layout)

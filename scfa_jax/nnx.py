@@ -16,13 +16,13 @@ from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
 from scfa_jax.decoding import Cache, attend_cached, empty_cache
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Hash as Hash
-from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend
+from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
 
 RNG_STREAM = "sparsity"
 
 
-class Rotations(nnx.Variable):
-    """The rotations of evaluation and decoding: saved with the model, but not trained like an `nnx.Param`."""
+class KeptDraw(nnx.Variable):
+    """The draw of evaluation and decoding: saved with the model, but not trained like an `nnx.Param`."""
 
 
 class CausalSelfAttention(nnx.Module):
@@ -45,10 +45,10 @@ class CausalSelfAttention(nnx.Module):
         num_heads: Number of query heads, `N`.
         num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
         head_dim: Width of a head, `H`; `in_features // num_heads` if None.
-        sparsity: None, `Hash(num_buckets)` or `Drop(rate)`.
+        sparsity: A kind, such as `Hash(num_buckets)` or `Drop(rate)`; None for dense attention.
         share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
-            only in hash mode.
-        normalize_key: Whether keys are scaled to unit length; if None, only in hash mode.
+            only where the kind of sparsity asks for it, as `Hash` does.
+        normalize_key: Whether keys are scaled to unit length; if None, likewise.
         rotary: Called as `rotary(x, positions)` with queries or keys `[B, T, heads, H]` and int32 positions
             `[1 or B, T]` before anything else happens to them; returns the like of `x`.
         use_bias: Whether the projections have biases.
@@ -83,7 +83,7 @@ class CausalSelfAttention(nnx.Module):
         *,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        sparsity: Sparsity = None,
+        sparsity: Sparsity | None = None,
         share_query_key: bool | None = None,
         normalize_key: bool | None = None,
         rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
@@ -122,10 +122,13 @@ class CausalSelfAttention(nnx.Module):
             self.key = project(in_features, key_shape, kernel_init=kernel_init)
         self.value = project(in_features, key_shape, kernel_init=kernel_init)
         self.out = project(query_shape, in_features, axis=(-2, -1), kernel_init=out_kernel_init or kernel_init)
-        if isinstance(sparsity, Hash):
-            self.rotations = Rotations(self._new_draw(1, 1, rngs)["rotations"])
-        for name in Cache._fields:  # as variables: see `init_cache`
-            setattr(self, name, nnx.data(None))
+        kind = kind_of(sparsity)
+        for name, (init, shape) in kind.parameters(self.layout).items():
+            setattr(self, name, nnx.Param(init(rngs.params(), shape, param_dtype)))
+        drawn = self._new_draw(1, 1, rngs) if kind.kept_draw else {}
+        for name in kind.kept_draw:
+            setattr(self, name, KeptDraw(drawn[name]))
+        self._cache_names: tuple[str, ...] = ()  # of variables: see `init_cache`
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: jax.typing.DTypeLike | None = None) -> None:
         """Makes an empty cache for decoding, in place of any other.
@@ -140,8 +143,9 @@ class CausalSelfAttention(nnx.Module):
         self.layout.check_input("input_shape", input_shape)
         dtype = dtype or self.value.dtype or self.value.param_dtype
         cache = empty_cache(self.layout, self.sparsity, input_shape[0], input_shape[1], dtype)
-        for name, x in cache._asdict().items():
-            setattr(self, name, nnx.data(None if x is None else nnx.Cache(x)))
+        for name, x in cache.items():
+            setattr(self, name, nnx.Cache(x))
+        self._cache_names = tuple(cache)
 
     def draw(
         self,
@@ -170,12 +174,9 @@ class CausalSelfAttention(nnx.Module):
             ValueError: A new draw is needed and `rngs` lacks the stream.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
-        if self.sparsity is None:
-            return {}
-        if isinstance(self.sparsity, Hash) and deterministic:
-            return {"rotations": self.rotations[...]}
-        if isinstance(self.sparsity, Drop) and deterministic and not self.sparsity.drop_at_evaluation:
-            return {}
+        kind = kind_of(self.sparsity)
+        if not kind.draws(deterministic):
+            return {name: getattr(self, name)[...] for name in kind.kept_draw}
         return self._new_draw(batch_size, length, rngs)
 
     def __call__(
@@ -186,10 +187,8 @@ class CausalSelfAttention(nnx.Module):
         decode: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
         positions: jax.Array | None = None,
-        rotations: jax.Array | None = None,
-        query_keep: jax.Array | None = None,
-        key_keep: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        **draw: jax.Array,
     ) -> jax.Array:
         """Attends.
 
@@ -201,11 +200,10 @@ class CausalSelfAttention(nnx.Module):
             rngs: As in `draw`, which is called if none of the next three is given.
             positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None, and what
                 follows the cache in decoding.
-            rotations: float32 `[K, H, num_buckets // 2]` instead of a draw, in hash mode.
-            query_keep: bool `[B, T, N]` instead of a draw, in drop mode.
-            key_keep: bool `[B, T, K]`, together with `query_keep`.
             segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
                 below 0 (padding). Positions for `rotary` are not counted anew in each segment. Not in decoding.
+            **draw: What `draw` returns, or the like: `rotations`, float32 `[K, H, num_buckets // 2]`, in hash mode;
+                `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`, in drop mode. Drawn here if left out.
 
         Returns:
             `[B, T, E]`.
@@ -217,8 +215,7 @@ class CausalSelfAttention(nnx.Module):
             NotImplementedError: There are segments in decoding.
         """
         self.layout.check_input("x", x.shape)
-        given = {"rotations": rotations, "query_keep": query_keep, "key_keep": key_keep}
-        draw = {name: drawn for name, drawn in given.items() if drawn is not None}
+        draw = {name: drawn for name, drawn in draw.items() if drawn is not None}
         in_decoding = self.decode if decode is None else decode
         draw = draw or self.draw(*x.shape[:2], deterministic=in_decoding or deterministic, rngs=rngs)
         options: dict[str, Any] = {
@@ -227,7 +224,9 @@ class CausalSelfAttention(nnx.Module):
             "positions": positions,
             "segment_ids": segment_ids,
             "implementation": self.implementation,
+            "tokens": x,
             **draw,
+            **self._own_parameters(),
         }
 
         query, value = self.query(x), self.value(x)
@@ -235,9 +234,8 @@ class CausalSelfAttention(nnx.Module):
         if not in_decoding:
             return self.out(attend(query, key, value, self.sparsity, **options))
         output, cache = attend_cached(self._cache(), query, key, value, self.sparsity, **options)
-        for name, x in cache._asdict().items():
-            if x is not None:
-                getattr(self, name)[...] = x
+        for name, x in cache.items():
+            getattr(self, name)[...] = x
         return self.out(output)
 
     def set_view(self, deterministic: bool | None = None, decode: bool | None = None):
@@ -251,15 +249,16 @@ class CausalSelfAttention(nnx.Module):
         self.decode = self.decode if decode is None else decode
 
     def _cache(self) -> Cache:
-        cache = Cache(*(getattr(self, name) for name in Cache._fields))
-        if cache.cache_index is None:
+        if not self._cache_names:
             raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
-        return jax.tree.map(lambda x: x[...], cache, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return {name: getattr(self, name)[...] for name in self._cache_names}
+
+    def _own_parameters(self) -> dict[str, jax.Array]:
+        return {name: getattr(self, name)[...] for name in kind_of(self.sparsity).parameters(self.layout)}
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None
     ) -> dict[str, jax.Array]:
-        assert self.sparsity is not None
         if isinstance(rngs, nnx.Rngs) and (RNG_STREAM in rngs or "default" in rngs):
             rngs = rngs[RNG_STREAM]
         if isinstance(rngs, nnx.RngStream):
@@ -270,4 +269,4 @@ class CausalSelfAttention(nnx.Module):
                 f"rngs must have the stream {RNG_STREAM!r} for a draw of {self.sparsity}, as in "
                 f"nnx.Rngs({RNG_STREAM}=0); got {got}."
             )
-        return self.sparsity.draw(rngs, batch_size, length, self.layout)
+        return kind_of(self.sparsity).draw(rngs, batch_size, length, self.layout)

@@ -328,11 +328,11 @@ class ModuleSpecification:
     @pytest.mark.parametrize(
         ("kind", "call", "message"),
         [
-            ("dense", {"rotations": jnp.ones((4, 4, 2))}, "rotations go with"),
-            ("drop", {"rotations": jnp.ones((4, 4, 2))}, "rotations go with"),
+            ("dense", {"rotations": jnp.ones((4, 4, 2))}, "rotations does not go with"),
+            ("drop", {"rotations": jnp.ones((4, 4, 2))}, "rotations does not go with"),
             ("hash", {"rotations": jnp.ones((2, 4, 2))}, r"rotations must be .* = \(4, 4, 2\), got \(2, 4, 2\)"),
             ("hash", {"rotations": jnp.ones((4, 4, 4))}, r"rotations must be .* = \(4, 4, 2\), got \(4, 4, 4\)"),
-            ("hash", {"query_keep": jnp.ones((2, 24, 4), bool)}, "query_keep and key_keep go with"),
+            ("hash", {"query_keep": jnp.ones((2, 24, 4), bool)}, "query_keep does not go with"),
             ("drop", {"query_keep": jnp.ones((2, 24, 4), bool)}, "must be given together"),
         ],
     )

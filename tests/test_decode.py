@@ -102,10 +102,10 @@ def defined(name: str, whole: dict):
     options = options_of(name)
     sparsity, made = options["sparsity"], operands(**whole, **options)
     if isinstance(sparsity, Hash):
-        key_hash = made.query_hash if made.key_hash is None else made.key_hash
-        mask = reference.hash_mask(made.query_hash, key_hash, exclude_self=sparsity.exclude_self)
+        query_hash, key_hash = (marks["hash"] for marks in (made.query_marks, made.key_marks or made.query_marks))
+        mask = reference.hash_mask(query_hash, key_hash, exclude_self=sparsity.exclude_self)
     elif isinstance(sparsity, Drop):
-        mask = reference.keep_mask(made.query_keep, made.key_keep)
+        mask = reference.keep_mask(made.query_marks["keep"], made.key_marks["keep"])
     else:
         mask = reference.causal_mask(LENGTH, LENGTH)
     return made[:3], jnp.broadcast_to(mask, (BATCH, HEADS, LENGTH, LENGTH))
@@ -121,7 +121,7 @@ each_dtype = [(name, jnp.float32) for name in KINDS] + [
 def test_tokens_in_parts_are_as_exact_as_plain_attention_to_all(name, dtype):
     whole = inputs(name, dtype)
     got, cache = decoded(step_of(name), new_cache(name, dtype), in_parts(whole, PARTS))
-    assert cache.cache_index == LENGTH
+    assert cache["cache_index"] == LENGTH
     assert got.dtype == dtype
 
     arrays, mask = defined(name, whole)
@@ -158,15 +158,15 @@ def test_places_not_yet_filled_and_keys_that_take_no_part_may_hold_anything(part
     assert np.all(outputs != 0)
     spoilt = {}
     for name in ("cached_key", "cached_value"):
-        spoilt[name] = np.array(getattr(cache, name))
+        spoilt[name] = np.array(cache[name])
         spoilt[name][:, [2, LENGTH, ROOM - 1]] = np.nan
-    np.testing.assert_array_equal(step(cache._replace(**spoilt), new)[0], outputs)
+    np.testing.assert_array_equal(step(cache | spoilt, new)[0], outputs)
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_past_the_end_outputs_are_nan(size):
     for index in (ROOM - size, ROOM - size + 1):
-        cache = new_cache("dense")._replace(cache_index=jnp.int32(index))
+        cache = new_cache("dense") | {"cache_index": jnp.int32(index)}
         outputs, _ = step_of("dense")(cache, in_parts(inputs("dense"), (size,))[0])
         assert np.isnan(outputs).all() == np.isnan(outputs).any() == (index + size > ROOM)
 

@@ -37,7 +37,7 @@ from module_cases import test_normalised_vectors as test_normalised_vectors
 
 import scfa_jax.nnx
 from scfa_jax import lsh_hash, random_rotations, reference
-from scfa_jax.nnx import CausalSelfAttention, Hash, Rotations, causal_attention_fn, hash_attention_fn
+from scfa_jax.nnx import CausalSelfAttention, Hash, KeptDraw, causal_attention_fn, hash_attention_fn
 
 
 def layer(sparsity, *, seed=0, num_heads=HEADS, **options):
@@ -146,7 +146,7 @@ def test_trains_under_nnx_jit_and_leaves_the_kept_rotations_alone(kind):
     chex.clear_trace_counter()
     optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
     rngs = nnx.Rngs(sparsity=3)
-    before = nnx.to_pure_dict(nnx.state(module, Rotations))
+    before = nnx.to_pure_dict(nnx.state(module, KeptDraw))
 
     @nnx.jit
     @chex.assert_max_traces(n=1)
@@ -159,7 +159,7 @@ def test_trains_under_nnx_jit_and_leaves_the_kept_rotations_alone(kind):
     losses = [float(step(module, optimizer, rngs, tokens())) for _ in range(4)]
     assert losses[-1] < losses[0]
     assert int(rngs.sparsity.count[...]) == (0 if kind == "dense" else 4)
-    chex.assert_trees_all_equal(before, nnx.to_pure_dict(nnx.state(module, Rotations)))
+    chex.assert_trees_all_equal(before, nnx.to_pure_dict(nnx.state(module, KeptDraw)))
 
 
 @each_random_kind

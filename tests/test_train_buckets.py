@@ -11,7 +11,7 @@ import pytest
 
 from models import ModelConfig
 from models.buckets import hash_layers
-from scfa_jax import sparsity
+from scfa_jax.sparsity import hash
 from train.buckets import bucket_sizes, bucket_step
 from train.config import OptimizerConfig
 from train.data import Batch
@@ -68,13 +68,13 @@ def test_they_are_the_buckets_that_attention_uses(before_rotary, monkeypatch):
     transformer = model.merge(state.params, state.fixed)
     tokens = np.random.default_rng(0).integers(0, 256, (2, LENGTH)).astype(np.uint8)
     seen = []
-    unpatched = sparsity.hash_sparse_attention
+    unpatched = hash.hash_sparse_attention
 
     def note(query, key, value, query_hash, *arguments, **options):
         seen.append(query_hash)
         return unpatched(query, key, value, query_hash, *arguments, **options)
 
-    monkeypatch.setattr(sparsity, "hash_sparse_attention", note)
+    monkeypatch.setattr(hash, "hash_sparse_attention", note)
     transformer.features(tokens)
     for layer, ids in zip(hash_layers(transformer, tokens), seen[:2], strict=True):
         np.testing.assert_array_equal(layer.query, ids)

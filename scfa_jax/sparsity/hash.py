@@ -1,0 +1,126 @@
+"""Attention inside the buckets of a hash."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scfa_jax.attention import hash_sparse_attention
+from scfa_jax.hashing import check_num_buckets, lsh_hash, random_rotations
+from scfa_jax.sparsity.base import Layout, Marks, Operands, Projections, Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash(Sparsity):
+    """Attention inside the buckets of an angular hash: Hash-sparse of Pagliardini et al. 2023.
+
+    Args:
+        num_buckets: Number of buckets, even.
+        exclude_self: Whether a token may not attend to itself. With shared queries and keys it should not: it
+            would mostly see itself. The first token of a bucket then attends to nothing and its output is 0.
+        before_rotary: Whether to hash queries and keys before they are rotated, in modules with `rotary`: buckets
+            then depend on what a token is and not on where it stands.
+
+    Raises:
+        ValueError: `num_buckets` is odd or below 2.
+        TypeError: `num_buckets` is no static integer.
+    """
+
+    num_buckets: int
+    exclude_self: bool = True
+    before_rotary: bool = False
+
+    shares_query_key = True
+    kept_draw = ("rotations",)
+    cached_marks: ClassVar = {"hash": np.int32(0)}
+
+    def __post_init__(self):
+        check_num_buckets(self.num_buckets)
+
+    def draws(self, deterministic: bool) -> bool:
+        """Tells whether a call draws anew: in training.
+
+        Args:
+            deterministic: Whether it evaluates.
+
+        Returns:
+            Whether `draw` is to be called.
+        """
+        return not deterministic
+
+    def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> dict[str, jax.Array]:
+        """Draws what one call needs.
+
+        Args:
+            key: A JAX random key.
+            batch_size: Ignored: all batch elements share the rotations.
+            length: Ignored, likewise.
+            layout: That of the module.
+
+        Returns:
+            `rotations`, float32 `[K, H, num_buckets // 2]`.
+        """
+        del batch_size, length
+        heads, head_dim = layout.num_key_value_heads, layout.head_dim
+        return {"rotations": random_rotations(key, heads, head_dim, self.num_buckets)}
+
+    def marks(self, projections: Projections, rotations: jax.Array | None = None) -> tuple[Marks, Marks | None]:
+        """Hashes.
+
+        Args:
+            projections: Those of a call.
+            rotations: float `[K, H, num_buckets // 2]`; needed.
+
+        Returns:
+            The buckets `hash` of queries, and of keys.
+
+        Raises:
+            ValueError: `rotations` is missing or has another shape.
+        """
+        _, query, key, rotated_query, rotated_key = projections
+        if not self.before_rotary:
+            query, key = rotated_query, rotated_key
+        expected = (*key.shape[2:], self.num_buckets // 2)
+        if rotations is None or rotations.shape != expected:
+            got = None if rotations is None else rotations.shape
+            raise ValueError(f"rotations must be [K, H, num_buckets // 2] = {expected}, got {got}.")
+        group = query.shape[2] // key.shape[2]
+        query_hash = lsh_hash(query, jnp.repeat(rotations, group, axis=0))
+        return {"hash": query_hash}, None if key is query else {"hash": lsh_hash(key, rotations)}
+
+    def mask(
+        self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array
+    ) -> jax.Array:
+        """Tells which queries and keys meet: those of one bucket.
+
+        Args:
+            query_marks: As in `Sparsity.mask`.
+            key_marks: Likewise.
+            query_position: Likewise.
+            key_position: Likewise.
+
+        Returns:
+            Likewise.
+        """
+        last = query_position - int(self.exclude_self)
+        return (key_position <= last) & (query_marks["hash"] == key_marks["hash"])
+
+    def attend(self, operands: Operands, **options: Any) -> jax.Array:
+        """Calls `hash_sparse_attention`.
+
+        Args:
+            operands: What attends to what.
+            **options: As in `Sparsity.attend`.
+
+        Returns:
+            `[B, T, N, H]` in the dtype of the query.
+        """
+        query, key, value, query_marks, key_marks = operands
+        key_hash = None if key_marks is None else key_marks["hash"]
+        options |= {"exclude_self": self.exclude_self, "num_buckets": self.num_buckets}
+        output: Any = hash_sparse_attention(query, key, value, query_marks["hash"], key_hash, **options)
+        return output

@@ -46,7 +46,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(KEPT), best]),
             create=True,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
         except OSError as error:
@@ -112,7 +112,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(batches.get_state())
+                    state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
                 ),
                 metrics={"held_out_loss": held_out_loss},
             )
@@ -131,15 +131,14 @@ class Checkpoints:
         Raises:
             TrainError: The checkpoint is damaged, or of another model or optimizer.
         """
-        data = {} if batches is None else {"data": ocp.args.JsonRestore()}
         try:
             self._check_fits(step, like)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **data)
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
             if batches is not None:
-                batches.set_state(restored["data"])
+                # Each process wrote a file, and all the same: another number of processes may go on.
+                file = next((self.path(step) / "data").glob("process_*.json"))
+                batches.set_state(json.loads(file.read_text()))
         except TrainError:
             raise
         except Exception as error:  # orbax raises whatever its storage layers do

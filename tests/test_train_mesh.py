@@ -22,6 +22,7 @@ from train.config import Config, DataConfig, OptimizerConfig
 from train.data import load_corpus, training_batches
 from train.mesh import gathered, init_on, lower_step, make_mesh, place_rows, rows_to_read
 from train.progress import LAG
+from train.report import summary
 
 SEVERAL = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 LENGTH = 24  # no other array has an axis of this size
@@ -163,3 +164,12 @@ def test_what_does_not_divide_is_named(options, message, start, capsys):
 def test_parameters_are_cut_by_name_and_a_vocabulary_that_does_not_divide_stays_whole(path, shape, spec):
     keys = tuple(map(jax.tree_util.DictKey, path))
     assert parameter_spec(keys, shape, {"data": 1, "fsdp": 2, "model": 2}) == spec
+
+
+def test_utilisation_is_that_of_all_devices():
+    line = {"step": 10, "seconds": 9.0, "train_seconds": 5.0, "loss": 1.0, "held_out_bits_per_byte": 1.4}
+    history = [line | {"flops_per_step": 989e12}]
+    for mesh, expected in ((None, 2.0), ("data=2,model=4", 0.25)):
+        config = Config(ModelConfig(dtype="bfloat16"), run=RunConfig(mesh=mesh))
+        row = summary("run", config, "NVIDIA H100 80GB HBM3", history, "byte", None)
+        assert row["model_flop_utilisation"] == pytest.approx(expected)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from models import ModelConfig
 from models.sharding import parameter_spec
 from train.__main__ import main
-from train.config import Config, DataConfig, OptimizerConfig
+from train.config import Config, DataConfig, OptimizerConfig, RunConfig
 from train.data import load_corpus, training_batches
 from train.mesh import gathered, init_on, lower_step, make_mesh, place_rows, rows_to_read
 from train.progress import LAG

@@ -16,20 +16,39 @@ from models.reformer import reformer_attention
 from models.rotary import rotary
 from scfa_jax import lsh_hash
 from scfa_jax.nnx import CausalSelfAttention, KeptDraw
-from scfa_jax.sparsity import Drop, Hash, Layout, Sparsity, normalize
+from scfa_jax.sparsity import (
+    BigBird,
+    Drop,
+    Fixed,
+    Hash,
+    KeepTop,
+    KMeansHash,
+    Layout,
+    LearnedHash,
+    Longformer,
+    PermutationHash,
+    SparseK,
+    Sparsity,
+    StaticPattern,
+    Strided,
+    Window,
+    normalize,
+)
 
+# Kinds of hash layers by the names that `ModelConfig.hash` has for them.
+HASHES = {"random": Hash, "learned": LearnedHash, "kmeans": KMeansHash, "permutation": PermutationHash}
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
 Draw: TypeAlias = dict[str, jax.Array]
 
 
 def make_attention(
-    config: ModelConfig, kind: str, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
+    config: ModelConfig, layer: int, *, out_kernel_init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> CausalSelfAttention:
     """Makes the attention of a layer.
 
     Args:
         config: The model.
-        kind: One of `ATTENTION_KINDS`.
+        layer: Its number, from 0.
         out_kernel_init: Of the output projection.
         dtype: Of the computation.
         rngs: Streams "params" and "sparsity".
@@ -40,15 +59,19 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
+    sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
+        "hash": (CausalSelfAttention, HASHES[config.hash](buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
+        "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
+        **{name: (CausalSelfAttention, static) for name, static in static_kinds(config, layer).items()},
     }
-    make, sparsity = kinds[kind]
+    make, sparsity = kinds[config.layer_kinds()[layer]]
     return make(
         config.width,
         config.heads,
@@ -60,6 +83,29 @@ def make_attention(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def static_kinds(config: ModelConfig, layer: int) -> dict[str, Window | StaticPattern]:
+    """Makes the kinds of sparsity in which a token's keys depend on its position alone, by their names.
+
+    Args:
+        config: The model.
+        layer: The number of the layer that is to have one of them.
+
+    Returns:
+        One for each of `STATIC_KINDS`.
+    """
+    window: Any = config.window, 0.0
+    if config.window_rules is not None:
+        window = zip(*config.window_rules[layer], strict=True)
+    windows, slopes = window
+    return {
+        "window": Window(windows, config.num_sinks, slopes),
+        "longformer": Longformer(config.window, config.stride),
+        "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block),
+        "strided": Strided(config.stride),
+        "fixed": Fixed(config.stride, config.num_summaries),
+    }
 
 
 class AttentionBy(CausalSelfAttention):
@@ -170,7 +216,7 @@ class ReformerSelfAttention(CausalSelfAttention):
 
 
 def drop_rate(config: ModelConfig, step: jax.Array | int | None) -> jax.Array | float:
-    """The share of queries and of keys that a qk layer drops at a training step.
+    """The share of queries and of keys that a qk layer drops at a training step, and of keys that a topk layer does.
 
     Args:
         config: The model.

@@ -13,6 +13,7 @@ from models.attention import Draw, draw_kept, drop_rate, make_attention
 from models.config import ModelConfig
 from models.sharding import BATCH, cut
 from scfa_jax.remat import save_attention
+from scfa_jax.sparsity import kind_of
 
 # What each way to compute blocks again keeps of them.
 POLICIES = {"full": None, "save_attention": save_attention}
@@ -21,12 +22,12 @@ POLICIES = {"full": None, "save_attention": save_attention}
 class Block(nnx.Module):
     """One layer: attention, then a perceptron, each behind a layer norm and beside a residual path."""
 
-    def __init__(self, config: ModelConfig, kind: str, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width = config.width
         # Every residual branch starts small, so that the sum over all of them starts at the size of one.
         branch_end = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = make_attention(config, kind, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
+        self.attention = make_attention(config, layer, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.shrink = nnx.Linear(4 * width, width, dtype=dtype, kernel_init=branch_end, rngs=rngs)
@@ -63,7 +64,7 @@ class Transformer(nnx.Module):
         self.vocab_size = vocab_size
         self.embedding = embed(-(-vocab_size // config.vocab_multiple) * config.vocab_multiple)
         self.position = embed(max_length) if config.positions == "learned" else None
-        self.blocks = nnx.List([Block(config, kind, dtype, rngs=rngs) for kind in config.layer_kinds()])
+        self.blocks = nnx.List([Block(config, layer, dtype, rngs=rngs) for layer in range(config.layers)])
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.cache_index: Any = nnx.data(None)  # a variable: see `init_cache`
 
@@ -105,6 +106,10 @@ class Transformer(nnx.Module):
             own = None if key is None else jax.random.fold_in(key, layer)
             if kind == "qk" and own is not None:
                 draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
+            elif kind == "topk" and own is not None:
+                draws.append({"fraction": jnp.asarray(1 - drop_rate(self.config, step), jnp.float32)})
+            elif own is not None and not kind_of(block.attention.sparsity).draws(deterministic=False):
+                draws.append({})  # the layer takes what it keeps, where a step can differentiate by it
             else:
                 draws.append(block.attention.draw(batch, length, deterministic=own is None, rngs=own))
         return draws

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_OFFSET_LIMIT = 2**30  # far past any length, and such that adding a length stays within int32
+OFFSET_LIMIT = 2**30  # far past any length, and such that adding a length stays within int32
 
 
 def attention_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,13 +83,30 @@ def index_fits(index, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) 
 def query_offset(offset: Any) -> jax.Array:
     """Checks the position of the first query and returns it as int32 `[B or 1, 1, 1]`."""
     if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
-        return jnp.full((1, 1, 1), np.clip(offset, -_OFFSET_LIMIT, _OFFSET_LIMIT), jnp.int32)
+        return jnp.full((1, 1, 1), np.clip(offset, -OFFSET_LIMIT, OFFSET_LIMIT), jnp.int32)
     _check_array("query_offset", offset)
     if offset.dtype not in (jnp.int32, jnp.int16, jnp.int8):
         raise TypeError(f"query_offset must be an int or an int32 array, got {offset.dtype}.")
     if offset.ndim > 1:
         raise ValueError(f"query_offset must be an int, [] or [B], got shape {offset.shape}.")
-    return jnp.clip(jnp.asarray(offset, jnp.int32), -_OFFSET_LIMIT, _OFFSET_LIMIT).reshape(-1, 1, 1)
+    return jnp.clip(jnp.asarray(offset, jnp.int32), -OFFSET_LIMIT, OFFSET_LIMIT).reshape(-1, 1, 1)
+
+
+def window(value: Any) -> jax.Array | None:
+    """Checks the lengths of windows and returns them as int32 `[B or 1, N or 1, 1]`, or None for no window."""
+    if value is None:
+        return None
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if value < 0:
+            raise ValueError(f"window must be at least 0, got {value}.")
+        return jnp.full((1, 1, 1), min(value, OFFSET_LIMIT), jnp.int32)
+    if not hasattr(value, "dtype") or value.dtype not in (jnp.int32, jnp.int16, jnp.int8):
+        got = value.dtype if hasattr(value, "dtype") else repr(value)
+        raise TypeError(f"window must be None, an int or an int32 array, got {got}.")
+    if value.ndim > 2:
+        raise ValueError(f"window must be an int, [], [N] or [B, N], got shape {value.shape}.")
+    value = jnp.clip(jnp.asarray(value, jnp.int32), 0, OFFSET_LIMIT)
+    return value.reshape(value.shape[0] if value.ndim == 2 else 1, -1, 1)
 
 
 def segment_ids(name: str, x: jax.Array, length: int) -> jax.Array:
@@ -115,6 +132,14 @@ def batches(**arrays: jax.Array) -> None:
 def starts_at_zero(query_offset: Any) -> bool:
     """Whether queries are known to count from 0, as keys do."""
     return isinstance(query_offset, int) and query_offset == 0
+
+
+def static_int(name: str, value: Any, least: int) -> None:
+    """Checks a number that decides shapes or launches."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a static int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def num_buckets(value: int | None) -> None:

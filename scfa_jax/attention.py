@@ -20,6 +20,7 @@ def causal_attention(
     key: jax.Array,
     value: jax.Array,
     *,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -38,6 +39,8 @@ def causal_attention(
         query: float32, bfloat16 or float16 `[B, T, N, H]` or `[T, N, H]`.
         key: `[B, S, K, H]` or `[S, K, H]`; `K` divides `N`.
         value: The shape of `key`.
+        window: How many positions up to its own a query may see: a static int, or int32 `[]`, `[N]` or `[B, N]`; 0 for
+            none, None for all. Time falls with it.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
         query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
             (padding) take no part. Any ids in any order; None for one segment.
@@ -67,6 +70,7 @@ def causal_attention(
     index = indices.causal_index(
         query_length,
         key_length,
+        window=window,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,
@@ -84,6 +88,7 @@ def hash_sparse_attention(
     *,
     exclude_self: bool = False,
     num_buckets: int | None = None,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -110,6 +115,8 @@ def hash_sparse_attention(
         exclude_self: Whether a query may not attend to the key at its own position.
         num_buckets: A promise that all ids lie in `[0, num_buckets)`, which makes sorting cheaper. Without it
             any int32 is an id. The result is undefined if the promise is broken.
+        window: How many positions up to its own a query may see: a static int, or int32 `[]`, `[N]` or `[B, N]`; 0 for
+            none, None for all. Time falls with it.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
         query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
             (padding) take no part. Any ids in any order; None for one segment.
@@ -147,6 +154,7 @@ def hash_sparse_attention(
             key,
             value,
             exclude_self=exclude_self,
+            window=window,
             query_offset=query_offset,
             query_segment_ids=query_segment_ids,
             key_segment_ids=key_segment_ids,
@@ -164,6 +172,7 @@ def hash_sparse_attention(
         key_hash,
         exclude_self=exclude_self,
         num_buckets=num_buckets,
+        window=window,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,
@@ -181,6 +190,7 @@ def qk_sparse_attention(
     query_keep: jax.Array,
     key_keep: jax.Array,
     *,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -202,6 +212,8 @@ def qk_sparse_attention(
         value: The shape of `key`.
         query_keep: bool `[B, T, N]` or `[T, N]`, True where the query takes part; any axis may be 1.
         key_keep: bool `[B, S, K]` or `[S, K]`, likewise.
+        window: How many positions up to its own a query may see: a static int, or int32 `[]`, `[N]` or `[B, N]`; 0 for
+            none, None for all. Time falls with it.
         query_offset: Position of the first query: a static int, or int32 `[]` or `[B]`. Keys start at 0.
         query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
             (padding) take no part. Any ids in any order; None for one segment.
@@ -231,6 +243,7 @@ def qk_sparse_attention(
     index = indices.keep_index(
         query_keep,
         key_keep,
+        window=window,
         query_offset=query_offset,
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,

@@ -14,7 +14,7 @@ from scfa_jax.sparsity import Implementation, Layout, Operands, Sparsity, kind_o
 
 # What attention keeps of `S` places, filled one after another, under Flax's names: `cached_key` and `cached_value`
 # `[B, S, K, H]`, as they enter attention; `cached_<mark>` `[B, S, K]` for each mark of a key; and `cache_index`,
-# int32 `[]`, the next place.
+# int32 `[]`, the next place. Kinds that do not keep every token have a cache of their own.
 Cache: TypeAlias = dict[str, jax.Array]
 
 
@@ -27,7 +27,7 @@ def empty_cache(
         layout: That of the module.
         sparsity: Likewise.
         batch_size: `B`.
-        max_length: `S`, the most tokens that it can hold.
+        max_length: `S`, the most tokens that it can hold; it makes no difference to a kind that forgets tokens.
         dtype: That of the keys and values, which is that of the computation.
 
     Returns:
@@ -38,8 +38,11 @@ def empty_cache(
     """
     if max_length < 1:
         raise ValueError(f"A cache must have room for at least 1 token, got {max_length}.")
+    kind = kind_of(sparsity)
+    if not kind.caches_every_token:
+        return kind.empty_cache(layout, batch_size, dtype)
     places = (batch_size, max_length, layout.num_key_value_heads)
-    marks = kind_of(sparsity).cached_marks
+    marks = kind.cached_marks
     return {
         "cached_key": jnp.zeros((*places, layout.head_dim), dtype),
         "cached_value": jnp.zeros((*places, layout.head_dim), dtype),
@@ -63,7 +66,7 @@ def attend_cached(
     """Adds any number of tokens to a cache, and attends from them to all tokens in it.
 
     Equal to `scfa_jax.sparsity.attend` over the whole sequence, whatever the parts it comes in. One token reads the
-    whole cache once, in plain JAX; several go through the operators, which skip tiles.
+    cache once, in plain JAX, or as much of it as the kind says; several go through the operators, which skip tiles.
 
     Args:
         cache: What came before.
@@ -78,7 +81,8 @@ def attend_cached(
 
     Returns:
         `[B, T, N, H]` in the dtype of `query`, and the cache with the new tokens. Once more tokens were added than
-        there is room for, the output is NaN: how full a cache is, is data, which cannot raise.
+        there is room for, the output is NaN: how full a cache is, is data, which cannot raise. One that forgets tokens
+        always has room.
 
     Raises:
         ValueError: The new tokens do not fit the cache, or as in `operands`.
@@ -87,16 +91,20 @@ def attend_cached(
     """
     if segment_ids is not None:
         raise NotImplementedError("segment_ids must be None in decoding: the cache holds one sequence a batch element.")
+    start, kind = cache["cache_index"], kind_of(sparsity)
     (batch, length), (cached_batch, max_length) = query.shape[:2], cache["cached_key"].shape[:2]
-    if batch != cached_batch or length > max_length:
+    if batch != cached_batch or (length > max_length and kind.caches_every_token):
         raise ValueError(
             f"x must have the batch size of the cache, {cached_batch}, and at most its {max_length} tokens, "
             f"got {batch} and {length}."
         )
-    start, kind = cache["cache_index"], kind_of(sparsity)
-    if options.get("rotary") is not None and positions is None:
-        positions = start + jnp.arange(length, dtype=jnp.int32)[None]
-    new = operands(query, key, value, sparsity, positions=positions, **options)
+    new = operands(query, key, value, sparsity, positions=positions, start=start, **options)
+    if cache["cached_key"].dtype != new.key.dtype:
+        raise TypeError(
+            f"The cache must have the dtype of the computation, {new.key.dtype}, got {cache['cached_key'].dtype}."
+        )
+    if not kind.caches_every_token:
+        return kind.attend_next(cache, new, implementation=implementation)
     cache = _extended(cache, new)
     marks = {name: cache[f"cached_{name}"] for name in kind.cached_marks}
     seen = new._replace(key=cache["cached_key"], value=cache["cached_value"], key_marks=marks)
@@ -110,10 +118,6 @@ def attend_cached(
 
 def _extended(cache: Cache, new: Operands) -> Cache:
     """The cache with the keys of `new` written at its index."""
-    if cache["cached_key"].dtype != new.key.dtype:
-        raise TypeError(
-            f"The cache must have the dtype of the computation, {new.key.dtype}, got {cache['cached_key'].dtype}."
-        )
     marks = new.query_marks if new.key_marks is None else new.key_marks
     rows = {"key": new.key, "value": new.value} | marks
     written = {
@@ -141,6 +145,10 @@ def _attend_from_one(seen: Operands, kind: Sparsity, position: jax.Array) -> jax
         jnp.arange(length),
     )
     mask = jnp.broadcast_to(mask, (batch, key_heads, heads // key_heads, 1, length))[..., 0, :]
+    places = kind.places(position, length)
+    if places is not None:
+        mask = mask[..., places]
+        seen = seen._replace(key=seen.key[:, places], value=seen.value[:, places])
 
     # As in the operators: sums in float32, and a row that takes no part reaches nothing, be it NaN.
     exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}

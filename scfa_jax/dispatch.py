@@ -142,6 +142,7 @@ def _gradients(options: _Options, query, key, value, index, output, logsumexp, o
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # else each call outside of jit compiles its loops again
 def _by_platform(options: _Options, run, *arrays):
     """Calls `run(implementation, options, *arrays)`, chosen by the platform that the code is lowered for."""
     if options.implementation is not None:

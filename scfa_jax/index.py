@@ -21,6 +21,7 @@ from scfa_jax.segments import Positions, Segments
 from scfa_jax.sorting import Implementation, iota, iota_like
 
 NEVER = np.int32(2**31 - 1)
+_WINDOWED = 0.1  # the density of windows, whose lengths may be data
 
 
 @jax.tree_util.register_dataclass
@@ -110,6 +111,7 @@ def causal_index(
     query_length: int,
     key_length: int,
     *,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -120,6 +122,8 @@ def causal_index(
     Args:
         query_length: Number of queries `T`.
         key_length: Number of keys `S`.
+        window: How many positions up to its own a query may see: an int, or int32 `[]`, `[N]` or `[B, N]`; 0 for none,
+            None for all. Heads that share keys may have windows of their own.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         query_segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0
             (padding) take no part. Any ids in any order; None for one segment.
@@ -127,10 +131,10 @@ def causal_index(
         implementation: As `sparse_attention` takes it. Unless it leaves Triton out, kernels search on a GPU.
 
     Returns:
-        The index, with a batch axis of 1 or `B` and one head.
+        The index, with a batch axis of 1 or `B` and one head, or as many as there are windows.
 
     Raises:
-        TypeError: The segment ids are not int32.
+        TypeError: The windows or segment ids are not int32.
         ValueError: Shapes do not fit each other.
 
     Examples:
@@ -138,21 +142,24 @@ def causal_index(
         >>> scfa_jax.causal_index(2, 6, query_offset=3).high.tolist()
         [[[3, 4]]]
     """
-    line = segments.line_up(query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation)
-    high = line.last()
+    windows = _checks.window(window)
+    line = segments.line_up(
+        query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation, window=windows
+    )
     index = _index(
         line,
         key_place=None,
         key_code=iota(key_length)[None, None],
         query_place=None,
-        low=line.first(jnp.zeros_like(high)),
-        high=high,
+        low=line.first(),
+        high=line.last(),
     )
+    is_aligned = key_segment_ids is None and _checks.starts_at_zero(query_offset)
     return dataclasses.replace(
         index,
         key_code=_up_to(index.key_code, index.high),
-        all_met=isinstance(line, Positions) or (key_segment_ids is None and _checks.starts_at_zero(query_offset)),
-        density=1.0 if isinstance(line, Positions) else 0.25,
+        all_met=window is None and (isinstance(line, Positions) or is_aligned),
+        density=_WINDOWED if window is not None else 1.0 if isinstance(line, Positions) else 0.25,
     )
 
 
@@ -162,6 +169,7 @@ def hash_index(
     *,
     exclude_self: bool = False,
     num_buckets: int | None = None,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -177,6 +185,7 @@ def hash_index(
         exclude_self: Whether a query may not attend to the key at its own position.
         num_buckets: A promise that all ids lie in `[0, num_buckets)`, for a cheaper sort. Without it any int32
             will do. The result is undefined if the promise is broken.
+        window: As `causal_index` takes it.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         query_segment_ids: As `causal_index` takes it.
         key_segment_ids: As `causal_index` takes it.
@@ -188,7 +197,7 @@ def hash_index(
         The index.
 
     Raises:
-        TypeError: The hashes or segment ids are not int32.
+        TypeError: The hashes, windows or segment ids are not int32.
         ValueError: Shapes do not fit each other, or `num_buckets` is below 1.
 
     Examples:
@@ -206,6 +215,7 @@ def hash_index(
         key_hash, key_length = query_hash, query_id.shape[-1] if key_length is None else key_length
     key_id = _per_head("key_hash", key_hash, jnp.int32, key_length)
     query_length, key_length = query_id.shape[-1], key_id.shape[-1]
+    windows = _checks.window(window)
     line = segments.line_up(
         query_segment_ids,
         key_segment_ids,
@@ -213,9 +223,10 @@ def hash_index(
         key_length,
         query_offset,
         implementation,
+        window=windows,
         exclude_self=exclude_self,
     )
-    _check_sides(line, query_hash=query_id, key_hash=key_id)
+    _check_sides(line, windows, query_hash=query_id, key_hash=key_id)
     is_aligned = query_length == key_length and _checks.starts_at_zero(query_offset)
     if num_buckets is not None and num_buckets * max(query_length, key_length, 1) < 2**31:
         # Padding is last in line, and so in the last bucket.
@@ -223,20 +234,22 @@ def hash_index(
         other_id = None if shared else line.keys(key_id, padding=num_buckets - 1)
         sort = functools.partial(sorting.sorted_codes, num_buckets=num_buckets, implementation=implementation)
         index = _packed_hash_index(line, query_id, other_id, sort)
-    elif shared and is_aligned and isinstance(line, Positions):
+    elif shared and is_aligned and window is None and isinstance(line, Positions):
         index = _shared_rank_hash_index(query_id, exclude_self)
     else:
         query_id, key_id = line.queries(query_id, padding=NEVER), line.keys(key_id, padding=NEVER)
-        index = _rank_hash_index(line, query_id, key_id, implementation)
+        index = _rank_hash_index(line, windows, query_id, key_id, implementation)
     # Then the query at its own position attends to every key.
-    all_met = shared and is_aligned and not exclude_self
-    return dataclasses.replace(index, all_met=all_met, density=1 / (num_buckets or 16))
+    all_met = shared and is_aligned and window is None and not exclude_self
+    density = 1 / (num_buckets or 16)
+    return dataclasses.replace(index, all_met=all_met, density=density if window is None else min(density, _WINDOWED))
 
 
 def keep_index(
     query_keep: jax.Array,
     key_keep: jax.Array,
     *,
+    window: jax.Array | int | None = None,
     query_offset: jax.Array | int = 0,
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
@@ -249,6 +262,7 @@ def keep_index(
     Args:
         query_keep: bool `[B, T, N]` or `[T, N]`, True where the query takes part; any axis may be 1.
         key_keep: bool `[B, S, K]` or `[S, K]`, likewise.
+        window: As `causal_index` takes it.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         query_segment_ids: As `causal_index` takes it.
         key_segment_ids: As `causal_index` takes it.
@@ -260,7 +274,7 @@ def keep_index(
         The index: kept rows first, by position, and dropped rows after them.
 
     Raises:
-        TypeError: The masks are not boolean, or the segment ids not int32.
+        TypeError: The masks are not boolean, or the windows or segment ids not int32.
         ValueError: Shapes do not fit each other.
 
     Examples:
@@ -272,8 +286,11 @@ def keep_index(
     query_keep = _per_head("query_keep", query_keep, jnp.bool_, query_length)
     key_keep = _per_head("key_keep", key_keep, jnp.bool_, key_length)
     query_length, key_length = query_keep.shape[-1], key_keep.shape[-1]
-    line = segments.line_up(query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation)
-    _check_sides(line, query_keep=query_keep, key_keep=key_keep)
+    windows = _checks.window(window)
+    line = segments.line_up(
+        query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation, window=windows
+    )
+    _check_sides(line, windows, query_keep=query_keep, key_keep=key_keep)
 
     key_place, key_kept = sorting.kept_first(line.keys(key_keep, padding=False), implementation)
     query_place, query_kept = sorting.kept_first(line.queries(query_keep, padding=False), implementation)
@@ -281,17 +298,17 @@ def keep_index(
     # Dropped queries come last; repeating the largest `high` keeps the row ascending.
     last_high = jnp.max(jnp.where(query_kept, high, -1), axis=-1, keepdims=True, initial=-1)
     # Heads that share their keys' mask need not share their queries', and a segment may end in dropped queries.
-    all_met = isinstance(line, Positions) and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
+    all_met = isinstance(line, Positions) and window is None and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
     key_code = jnp.where(key_kept, key_place, NEVER)
     index = _index(
         line,
         key_place=key_place,
         key_code=_up_to(key_code, last_high) if all_met else key_code,
         query_place=query_place,
-        low=jnp.where(query_kept, line.first(0, query_place), NEVER),
+        low=jnp.where(query_kept, line.first(query_place), NEVER),
         high=jnp.where(query_kept, high, last_high),
     )
-    return dataclasses.replace(index, all_met=all_met, density=0.25)
+    return dataclasses.replace(index, all_met=all_met, density=0.25 if window is None else _WINDOWED)
 
 
 def range_index(
@@ -371,7 +388,7 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
         key_place=jax.lax.rem(sorted_key, _length(key_length)),
         key_code=sorted_key,
         query_place=query_place,
-        low=line.first(bucket, query_place),
+        low=bucket + line.first(query_place),
         high=bucket + line.last(query_place),
     )
 
@@ -390,11 +407,17 @@ def _shared_rank_hash_index(ids: jax.Array, exclude_self: bool) -> SparseIndex:
 
 
 def _rank_hash_index(
-    line: Positions | Segments, query_id: jax.Array, key_id: jax.Array, implementation: Implementation
+    line: Positions | Segments,
+    window: jax.Array | None,
+    query_id: jax.Array,
+    key_id: jax.Array,
+    implementation: Implementation,
 ) -> SparseIndex:
     """Any ids on both sides: the code is the key's rank, and each query looks up where its range begins and ends."""
     batch = max(query_id.shape[0], key_id.shape[0], line.last().shape[0])
     heads, key_heads = max(query_id.shape[1], key_id.shape[1]), key_id.shape[1]
+    if window is not None and key_heads > 1:  # heads that share all they are sorted by need no sort of their own
+        heads = max(heads, window.shape[1])
     query_id = jnp.broadcast_to(query_id, (batch, heads, query_id.shape[-1]))
     key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_id.shape[-1]))
     (query_id, query_place), (key_id, key_place) = sorting.sorted_ids(query_id, key_id)
@@ -412,6 +435,7 @@ def _index(
     high: jax.Array,
 ) -> SparseIndex:
     """Finds the rows of places (None: all, in line) and leaves out padding."""
+    low, high = jnp.broadcast_arrays(low, high)  # windows may differ where nothing else does
     if isinstance(line, Positions):
         return SparseIndex(key_place, key_code, query_place, low, high)
     is_key = (iota_like(key_code) if key_place is None else key_place) < line.num_keys
@@ -448,15 +472,20 @@ def _per_head(name: str, x: jax.Array, dtype, length: int | None) -> jax.Array:
     return jnp.broadcast_to(x, (x.shape[0], length, x.shape[2])).swapaxes(1, 2)
 
 
-def _check_sides(line: Positions | Segments, **sides: jax.Array) -> None:
-    """Checks what each query and each key has, `[B, N, T]` and `[B, K, S]`, against each other."""
-    (_, on_query), (key_name, on_key) = sides.items()
-    _checks.batches(**sides)
+def _check_sides(line: Positions | Segments, window: jax.Array | None, **sides: jax.Array) -> None:
+    """Checks what each query and each key has, `[B, N, T]` and `[B, K, S]`, and windows against each other."""
+    (query_name, on_query), (key_name, on_key) = sides.items()
+    _checks.batches(**sides, **({} if window is None else {"window": window}))
     if isinstance(line, Segments):
         _checks.batches(**sides, query_segment_ids=line.query_order, key_segment_ids=line.key_order)
     heads, key_heads = on_query.shape[1], on_key.shape[1]
     if heads != 1 and (key_heads == 0 or heads % key_heads):
         raise ValueError(
-            f"{key_name} must have a number of heads that divides that of {next(iter(sides))}, "
-            f"got {key_heads} and {heads}."
+            f"{key_name} must have a number of heads that divides that of {query_name}, got {key_heads} and {heads}."
+        )
+    num_windows = 1 if window is None else window.shape[1]
+    if num_windows != 1 and (heads not in (1, num_windows) or num_windows % key_heads):
+        raise ValueError(
+            f"window must have as many heads as {query_name}, {heads}, and a multiple of those of {key_name}, "
+            f"{key_heads}, each unless that is 1; got {num_windows}."
         )

@@ -15,9 +15,19 @@ from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
 from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
 from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
 from scfa_jax.decoding import Cache, attend_cached, empty_cache
+from scfa_jax.sparsity import BigBird as BigBird
 from scfa_jax.sparsity import Drop as Drop
+from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
+from scfa_jax.sparsity import KeepTop as KeepTop
+from scfa_jax.sparsity import KMeansHash as KMeansHash
+from scfa_jax.sparsity import LearnedHash as LearnedHash
+from scfa_jax.sparsity import Longformer as Longformer
+from scfa_jax.sparsity import PermutationHash as PermutationHash
+from scfa_jax.sparsity import SparseK as SparseK
+from scfa_jax.sparsity import Strided as Strided
+from scfa_jax.sparsity import Window as Window
 
 RNG_STREAM = "sparsity"
 COLLECTION = "sparsity"
@@ -45,7 +55,7 @@ class CausalSelfAttention(nn.Module):
         num_heads: Number of query heads, `N`.
         num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
         head_dim: Width of a head, `H`; `in_features // num_heads` if None.
-        sparsity: A kind, such as `Hash(num_buckets)` or `Drop(rate)`; None for dense attention.
+        sparsity: A kind: `Hash(num_buckets)`, `Drop(rate)`, `SparseK(num_keys, window)`; None for dense attention.
         share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
             only where the kind of sparsity asks for it, as `Hash` does.
         normalize_key: Whether keys are scaled to unit length; if None, likewise.
@@ -150,9 +160,10 @@ class CausalSelfAttention(nn.Module):
             flax.errors.InvalidRngError: A new draw is needed and there is no stream "sparsity".
         """
         kind = kind_of(self.sparsity)
-        if not (kind.draws(deterministic=False) or kind.draws(deterministic=True)):
-            return {}
-        if kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic)):
+        draws = kind.draws(deterministic=False)
+        if draws != kind.draws(deterministic=True):
+            draws = kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic))
+        if draws:
             return self._new_draw(batch_size, length)
         for name in kind.kept_draw:
             if not self.has_variable(COLLECTION, name):

@@ -22,6 +22,7 @@ def attention(
     *,
     scale: float | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
+    gates: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense attention over the pairs that `mask` allows.
 
@@ -35,6 +36,7 @@ def attention(
         mask: bool `[B or 1, N or 1, T, S]`, True where the query may attend to the key.
         scale: Factor of the scores; `H ** -0.5` if None.
         output_dtype: dtype of the output; that of `query` if None.
+        gates: float `[B, N, T, S]`, with which each query multiplies keys and values; None for ones.
 
     Returns:
         The output `[B, T, N, H]`, and the log-sum-exp of the scores, at least float32,
@@ -58,11 +60,13 @@ def attention(
 
     highest = jax.lax.Precision.HIGHEST
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=highest)
+    scores = scores if gates is None else gates * scores
     scores = jnp.where(mask, scores, -jnp.inf)
     # Empty rows get one finite score here and are overwritten below: no NaN arises on either side of a `where`.
     safe = jnp.where(has_key[..., None], scores, 0)
     logsumexp = jax.nn.logsumexp(safe, axis=3) if key_length else jnp.zeros(has_key.shape, dtype)
     weights = jnp.where(mask, jnp.exp(safe - logsumexp[..., None]), 0)
+    weights = weights if gates is None else gates * weights
     output = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=highest)
     output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(
         query.dtype if output_dtype is None else output_dtype
@@ -141,6 +145,44 @@ def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> ja
     return (start <= index) & (index < stop)
 
 
+def window_mask(
+    query_length: int, key_length: int, window: jax.Array | int, query_offset: jax.Array | int = 0
+) -> jax.Array:
+    """True where a key stands less than `window` positions before the query, or after it.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        window: int or int32 `[]`, `[N]` or `[B, N]`.
+        query_offset: Position of the first query, int or int32 `[]` or `[B]`.
+
+    Returns:
+        bool `[B or 1, N or 1, T, S]`.
+    """
+    distance = _positions(query_length, query_offset)[:, None, :, None] - jnp.arange(key_length, dtype=jnp.int32)
+    return distance < jnp.atleast_2d(window)[:, :, None, None]
+
+
+def sink_mask(
+    query_length: int, key_length: int, num_sinks: int, key_segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """True at the first `num_sinks` keys, or at as many of each segment, for all queries.
+
+    Args:
+        query_length: `T`.
+        key_length: `S`.
+        num_sinks: How many.
+        key_segment_ids: int32 `[B or 1, S]` or `[S]`; None for one segment.
+
+    Returns:
+        bool `[B or 1, 1, T, S]`.
+    """
+    ids = jnp.zeros((1, key_length), jnp.int32) if key_segment_ids is None else jnp.atleast_2d(key_segment_ids)
+    is_earlier = jnp.tril(ids[:, :, None] == ids[:, None, :], k=-1)
+    is_sink = is_earlier.sum(axis=2)[:, None, None] < num_sinks
+    return jnp.broadcast_to(is_sink, (ids.shape[0], 1, query_length, key_length))
+
+
 def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> jax.Array:
     """True where query and key have the same segment id and it is not below 0.
 
@@ -156,14 +198,24 @@ def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> ja
     return (on_query == on_key) & (on_query >= 0)
 
 
-def causal_attention(query, key, value, *, query_offset=0, **options):
+def causal_attention(query, key, value, *, window=None, query_offset=0, **options):
     """Dense `scfa_jax.causal_attention`."""
     mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
-    return _finish(query, key, value, mask, **options)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
 def hash_sparse_attention(
-    query, key, value, query_hash, key_hash=None, *, exclude_self=False, num_buckets=None, query_offset=0, **options
+    query,
+    key,
+    value,
+    query_hash,
+    key_hash=None,
+    *,
+    exclude_self=False,
+    num_buckets=None,
+    window=None,
+    query_offset=0,
+    **options,
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
@@ -178,14 +230,15 @@ def hash_sparse_attention(
         )
         for on_query, on_key in rounds
     ]
-    return _finish(query, key, value, functools.reduce(jnp.logical_or, masks), **options)
+    mask = functools.reduce(jnp.logical_or, masks)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
-def qk_sparse_attention(query, key, value, query_keep, key_keep, *, query_offset=0, **options):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, window=None, query_offset=0, **options):
     """Dense `scfa_jax.qk_sparse_attention`."""
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
     mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
-    return _finish(query, key, value, mask, **options)
+    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
 
 
 def range_attention(query, key, value, key_start, key_stop, **options):
@@ -193,6 +246,67 @@ def range_attention(query, key, value, key_start, key_stop, **options):
     key_start, key_stop = _as_long_as(key_start, query), _as_long_as(key_stop, query)
     mask = range_mask(key_start, key_stop, key.shape[-3])
     return _finish(query, key, value, mask, **options)
+
+
+def window_attention(
+    query, key, value, window, *, num_sinks=0, query_offset=0, query_segment_ids=None, key_segment_ids=None, **options
+):
+    """Dense `scfa_jax.window_attention`."""
+    lengths = query.shape[-3], key.shape[-3]
+    key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
+    seen = window_mask(*lengths, window, query_offset) | sink_mask(*lengths, num_sinks, key_segment_ids)
+    mask = causal_mask(*lengths, query_offset) & seen
+    segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}
+    return _finish(query, key, value, mask, **segments, **options)
+
+
+def sparsek_gates(scores, k, *, where=None):
+    """Dense `scfa_jax.sparsek_gates`: the sum of gates is written out for every threshold at which it has a kink."""
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    takes_part = (scores > -jnp.inf) if where is None else where & (scores > -jnp.inf)
+    kinks = jnp.concatenate([scores, scores - 1], axis=-1)
+    gates = jnp.clip(scores[..., None, :] - kinks[..., None], 0, 1)
+    sums = jnp.where(takes_part[..., None, :], gates, 0).sum(axis=-1)
+    is_below = (sums >= k) & jnp.concatenate([takes_part, takes_part], axis=-1)
+    start = jnp.max(jnp.where(is_below, kinks, -jnp.inf), axis=-1, keepdims=True, initial=-jnp.inf)
+    # Just above it these entries are below 1 and above 0, and change with the threshold.
+    is_one = takes_part & (scores - 1 > start)
+    is_between = takes_part & (scores > start) & ~is_one
+    number = jnp.maximum(is_between.sum(axis=-1, keepdims=True), 1)
+    total = jnp.where(is_between, scores, 0).sum(axis=-1, keepdims=True)
+    threshold = (total + is_one.sum(axis=-1, keepdims=True) - k) / number
+    gates = jnp.where(is_between, scores - threshold, is_one.astype(scores.dtype))
+    has_more = takes_part.sum(axis=-1, keepdims=True) > k
+    return jnp.where(has_more, gates, takes_part.astype(scores.dtype))
+
+
+def sparsek_attention(query, key, value, scores, *, num_keys, window, chunk_size=128, num_candidates=None, **options):
+    """Dense `scfa_jax.sparsek_attention`: ranks the scores of all keys for every query."""
+    if query.ndim == 3:
+        results = sparsek_attention(
+            *(x[None] for x in (query, key, value, scores)),
+            num_keys=num_keys,
+            window=window,
+            chunk_size=chunk_size,
+            num_candidates=num_candidates,
+            **options,
+        )
+        return jax.tree.map(lambda x: x[0], results)
+    num_candidates = 2 * num_keys if num_candidates is None else num_candidates
+    position = jnp.arange(query.shape[1])
+    first = position // chunk_size * chunk_size - window + 1  # of the window, for each query
+    is_earlier = position < first[:, None]  # [T, S]
+    seen = jnp.where(is_earlier, scores.swapaxes(1, 2)[:, :, None], -jnp.inf)  # [B, K, T, S]
+    seen = jnp.where(jnp.isnan(seen), -jnp.inf, seen)
+    one, other = seen[..., :, None], seen[..., None, :]
+    is_better = (other > one) | ((other == one) & (position < position[:, None]))
+    rank = is_better.sum(axis=-1)
+    is_candidate = (rank < num_candidates) & (seen > -jnp.inf)
+    is_selected = is_candidate & (rank < num_keys)
+    is_local = (first[:, None] <= position) & (position <= position[:, None])
+    gates = jnp.where(is_local, 1, sparsek_gates(seen, num_keys, where=is_candidate))
+    gates = jnp.repeat(gates, query.shape[2] // key.shape[2], axis=1)
+    return _finish(query, key, value, is_selected | is_local, gates=gates, **options)
 
 
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
@@ -211,6 +325,11 @@ def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
     """Positions of the queries: int32 `[B or 1, T]`."""
     offset = jnp.asarray(query_offset, jnp.int32).reshape(-1, 1)
     return offset + jnp.arange(query_length, dtype=jnp.int32)
+
+
+def _in_window(mask: jax.Array, window: jax.Array | int | None, query_offset: jax.Array | int) -> jax.Array:
+    """The part of the mask `[B or 1, N or 1, T, S]` that lies in the window, if there is one."""
+    return mask if window is None else mask & window_mask(mask.shape[2], mask.shape[3], window, query_offset)
 
 
 def _match_heads(on_query: jax.Array, on_key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -238,6 +357,7 @@ def _finish(
     scale=None,
     output_dtype=None,
     return_residual=False,
+    gates=None,
 ):
     """What the operators share; their further options end here."""
     if query_segment_ids is not None:
@@ -247,5 +367,24 @@ def _finish(
         output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale, output_dtype=output_dtype)
         output, logsumexp = output[0], logsumexp[0]
     else:
-        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype)
+        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype, gates=gates)
     return (output, logsumexp) if return_residual else output
+
+
+def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Keys whose score is among the top fraction of those so far; see `scfa_jax.keep_top`.
+
+    Args:
+        scores: float `[B, T, K]`.
+        fraction: Of the keys to keep, in `(0, 1]`.
+        segment_ids: int32 `[1 or B, T]`, or None for one segment.
+
+    Returns:
+        bool `[B, T, K]`.
+    """
+    length = scores.shape[1]
+    earlier = jnp.tril(jnp.ones((length, length), bool), -1)[None]
+    if segment_ids is not None:
+        earlier &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    greater = (scores[:, None] >= scores[:, :, None]) & earlier[..., None]  # [B, t, earlier key, K]
+    return greater.sum(axis=2) < fraction * (earlier.sum(axis=2) + 1)[..., None]

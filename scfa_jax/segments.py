@@ -8,8 +8,8 @@ ids, ascending and contiguous or not.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ import numpy as np
 from scfa_jax import _checks, sorting
 from scfa_jax.sorting import Implementation, iota, iota_like
 
-Base = TypeVar("Base", jax.Array, int)
 _SIGN_BIT = np.int32(-(2**31))
 
 
@@ -28,11 +27,13 @@ class Positions:
 
     Attributes:
         last_of_first: int32 `[B or 1, 1, 1]`, position of the last key that the first query may see.
+        first_of_first: int32 `[B or 1, N or 1, 1]`, that of the first one, which may be negative; None for no window.
         query_length: `T`.
         key_length: `S`.
     """
 
     last_of_first: jax.Array
+    first_of_first: jax.Array | None
     query_length: int
     key_length: int
 
@@ -44,12 +45,15 @@ class Positions:
         """Lines up `[B, K, S]`."""
         return x
 
-    def first(self, base: Base, place: jax.Array | None = None) -> Base:
-        """The place of the first key that queries may see, plus `base`; of all queries, or of those at `place`."""
-        return base
+    def first(self, place: jax.Array | None = None) -> jax.Array:
+        """The place of the first key that queries may see; of all queries, or of those at `place`."""
+        place = iota(self.query_length) if place is None else place
+        if self.first_of_first is None:
+            return jnp.zeros_like(place)
+        return jnp.clip(self.first_of_first + place, 0, self.key_length)
 
     def last(self, place: jax.Array | None = None) -> jax.Array:
-        """The place of the last key that queries may see; just before the first if there is none."""
+        """The place of the last key that queries may see; before the first if there is none."""
         place = iota(self.query_length) if place is None else place
         return jnp.clip(self.last_of_first + place, -1, self.key_length - 1)
 
@@ -57,7 +61,9 @@ class Positions:
         self, query_id: jax.Array, place: jax.Array, key_id: jax.Array, key_place: jax.Array, how: Implementation
     ) -> tuple[jax.Array, jax.Array]:
         """Ranks, among keys sorted by (id, place), of the first and last key with a query's id that it may see."""
-        return sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
+        if self.first_of_first is None:
+            return sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
+        return _ranges_between(self.first(place), self.last(place), query_id, key_id, key_place, how)
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Segments:
         key_order: int32 `[B, 1, S]`, likewise.
         num_queries: int32 `[B, 1, 1]`, how many are no padding.
         num_keys: int32 `[B, 1, 1]`, likewise.
-        first_key: int32 `[B, 1, T]`, for the query at each place, the place of the first key of its segment.
-        last_key: int32 `[B, 1, T]`, the place of the last one that it may see; at least `first_key - 1`.
+        first_key: int32 `[B, N or 1, T]`, for the query at each place, that of the first key of its segment it may see.
+        last_key: int32 `[B, 1, T]`, the place of the last one; before `first_key` if it may see none.
     """
 
     query_order: jax.Array
@@ -88,8 +94,8 @@ class Segments:
         """Lines up `[B, K, S]`, with `padding` in the rows that take no part."""
         return _lined_up(x, self.key_order, self.num_keys, padding)
 
-    def first(self, base: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
-        return base + at_places(self.first_key, place)
+    def first(self, place: jax.Array | None = None) -> jax.Array:
+        return at_places(self.first_key, place)
 
     def last(self, place: jax.Array | None = None) -> jax.Array:
         return at_places(self.last_key, place)
@@ -97,9 +103,7 @@ class Segments:
     def ranges(
         self, query_id: jax.Array, place: jax.Array, key_id: jax.Array, key_place: jax.Array, how: Implementation
     ) -> tuple[jax.Array, jax.Array]:
-        _, before = sorting.key_ranges(query_id, self.first(-1, place), key_id, key_place, how)
-        _, high = sorting.key_ranges(query_id, self.last(place), key_id, key_place, how)
-        return before + 1, high
+        return _ranges_between(self.first(place), self.last(place), query_id, key_id, key_place, how)
 
 
 def line_up(
@@ -110,6 +114,7 @@ def line_up(
     query_offset: jax.Array | int,
     implementation: Implementation,
     *,
+    window: jax.Array | None = None,
     exclude_self: bool = False,
 ) -> Positions | Segments:
     """Lines up the rows of both sides for a causal pattern.
@@ -121,6 +126,7 @@ def line_up(
         key_length: `S`.
         query_offset: Position of the first query: an int, or int32 `[]` or `[B]`.
         implementation: As `sparse_attention` takes it.
+        window: int32 `[B or 1, N or 1, 1]`, how many positions up to its own a query may see; None for all.
         exclude_self: Whether a query may not see the key at its own position.
 
     Returns:
@@ -130,23 +136,27 @@ def line_up(
         TypeError: The ids are not int32.
         ValueError: Shapes do not fit each other.
     """
-    last_of_first = _checks.query_offset(query_offset)
-    if exclude_self:
-        last_of_first = last_of_first - 1
+    position = _checks.query_offset(query_offset)
+    windows = {} if window is None else {"window": window}
+    _checks.batches(query_offset=position, **windows)
+    last_of_first, first_of_first = position - int(exclude_self), None
+    if window is not None:
+        # A window that holds nothing begins past all keys, and no tile is visited for it.
+        first_of_first = jnp.where(window > int(exclude_self), position - window + 1, _checks.OFFSET_LIMIT)
     _check_both_given(query_segment_ids, key_segment_ids, query_length, key_length)
     if query_segment_ids is None:
-        return Positions(last_of_first, query_length, key_length)
+        return Positions(last_of_first, first_of_first, query_length, key_length)
     queries, keys = _sides(query_segment_ids, key_segment_ids, query_length, key_length)
-    _checks.batches(query_segment_ids=queries.order, key_segment_ids=keys.order, query_offset=last_of_first)
+    _checks.batches(query_segment_ids=queries.order, key_segment_ids=keys.order, query_offset=position, **windows)
+    count_up_to = functools.partial(_count_up_to, queries, keys, implementation)
     if keys is queries and _checks.starts_at_zero(query_offset):
         place = iota_like(queries.order)
         first, last = sorting.run_start(queries.segment, place), place - int(exclude_self)
     else:
-        batch = max(x.shape[0] for x in (queries.order, keys.order, last_of_first))
-        query_segment = jnp.broadcast_to(queries.segment, (batch, 1, query_length))
-        last_position = jnp.clip(last_of_first + queries.order, -1, key_length - 1)
-        last_position = jnp.broadcast_to(last_position, query_segment.shape)
-        first, last = sorting.key_ranges(query_segment, last_position, keys.segment, keys.order, implementation)
+        first, count = count_up_to(jnp.clip(last_of_first + queries.order, -1, key_length - 1))
+        last = count - 1
+    if first_of_first is not None:
+        _, first = count_up_to(jnp.clip(first_of_first + queries.order, 0, key_length) - 1)
     return Segments(queries.order, keys.order, queries.count, keys.count, first, last)
 
 
@@ -187,6 +197,35 @@ def line_up_ranges(
         return jnp.minimum(last + 1, keys.count)  # also leaves padding nothing to see
 
     return count_before(start), count_before(stop), keys.order, keys.count
+
+
+def _count_up_to(
+    queries: _Side, keys: _Side, implementation: Implementation, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """For queries, how many keys come before their segment, and how many up to `position` in it: int32 `[B, N, T]`."""
+    batch = max(x.shape[0] for x in (queries.order, keys.order, position))
+    position = jnp.broadcast_to(position, (batch, *position.shape[1:]))
+    segment = jnp.broadcast_to(queries.segment, position.shape)
+    first, last = sorting.key_ranges(segment, position, keys.segment, keys.order, implementation)
+    return first, last + 1
+
+
+def _ranges_between(
+    first: jax.Array,
+    last: jax.Array,
+    query_id: jax.Array,
+    key_id: jax.Array,
+    key_place: jax.Array,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """Ranks of the first and last key with a query's id from place `first` on up to place `last`."""
+
+    def last_up_to(place):
+        shape = np.broadcast_shapes(query_id.shape, place.shape)
+        on_query, place = jnp.broadcast_to(query_id, shape), jnp.broadcast_to(place, shape)
+        return sorting.key_ranges(on_query, place, key_id, key_place, implementation)[1]
+
+    return last_up_to(first - 1) + 1, last_up_to(last)
 
 
 def _check_both_given(

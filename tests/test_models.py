@@ -15,12 +15,12 @@ from jax.extend.core import jaxprs_in_params
 
 from models import PRESETS, ModelConfig, Transformer, preset
 from models.attention import cudnn_attention
-from models.config import ATTENTION_KINDS
+from models.config import ATTENTION_KINDS, STATIC_KINDS
 from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
 
 VOCAB, LENGTH = 40, 24
-HERE = ("dense", "hash", "qk", "reformer", "identity")  # dense-cudnn needs a GPU
+HERE = ("dense", "hash", "qk", "topk", "reformer", "identity")  # dense-cudnn needs a GPU
 
 
 def make(seed: int = 0, **options) -> Transformer:
@@ -105,7 +105,8 @@ def test_layers_are_made_of_their_kind(exclude_self):
     model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
     assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
-    assert set(ATTENTION_KINDS) == {*HERE, "dense-cudnn"}
+    elsewhere = {"dense-cudnn", "sparsek", *STATIC_KINDS}  # see test_sparsek_modules and test_static_kinds
+    assert set(ATTENTION_KINDS) == {*HERE, *elsewhere}
 
 
 def test_kinds_have_the_same_projections_and_treat_keys_alike():
@@ -116,7 +117,7 @@ def test_kinds_have_the_same_projections_and_treat_keys_alike():
         for layout in [make(attention=kind, layers=1, **options).blocks[0].attention.layout]
     }
     in_buckets, plain = (True, True), (False, False)
-    own = {"dense": plain, "hash": in_buckets, "qk": plain, "reformer": in_buckets, "identity": plain}
+    own = {"dense": plain, "hash": in_buckets, "qk": plain, "topk": plain, "reformer": in_buckets, "identity": plain}
     assert shares() == own
     assert set(shares(share_query_key=True, normalize_key=True).values()) == {in_buckets}
     assert set(shares(share_query_key=True, normalize_key=False).values()) == {(True, False)}
@@ -317,6 +318,8 @@ def test_learned_positions_end_somewhere():
         ({"chunk_size": 0}, "--chunk-size must be at least 1"),
         ({"num_rounds": 0}, "--num-rounds must be at least 1"),
         ({"drop_warmup": -1}, "--drop-warmup must not be negative"),
+        ({"sparsek_window": 0}, "--sparsek-window must be at least 1, got 0"),
+        ({"sparsek_slope": float("inf")}, "--sparsek-slope must be finite, got inf"),
         ({"vocab_multiple": 0}, "--vocab-multiple must be at least 1"),
         ({"remat": True}, "--remat takes none, full, save_attention, got True"),
     ],

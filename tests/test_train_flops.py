@@ -58,6 +58,10 @@ def test_only_the_pairs_that_a_kind_asks_for_count():
     assert attention("dense-cudnn") == dense
     assert attention("hash", num_buckets=16) == pytest.approx(dense / 16)
     assert attention("dense,qk", drop_rate=0.5) == pytest.approx(dense * (1 + 0.25) / 2)
+    # A window of 3 to 6 (of 1 to 4 at the start), and in all but the first chunk of 4 up to 2 keys: 2 in all chunks.
+    sizes = {"sparsek_keys": 2, "sparsek_window": 3, "sparsek_chunk": 4}
+    pairs = (1 + 2 + 3 + 4) + 24 * (3 + 4 + 5 + 6 + 4 * 2)
+    assert attention("sparsek", **sizes) == pytest.approx(dense * pairs / (100 * 101 / 2))
 
 
 def test_learned_positions_are_looked_up_not_multiplied():

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from train.errors import TrainError
+from train.moa.command import MoaOptions, moa
 from train.options import parse
 from train.processes import leave
 from train.report import ReportOptions, report
@@ -22,11 +23,12 @@ from train.sample import SampleOptions, sample_run
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "sample": (SampleOptions, sample_run),
     "report": (ReportOptions, report),
+    "moa": (MoaOptions, moa),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, samples or reports as the command line says.
+    """Trains, samples, reports or plans as the command line says.
 
     Args:
         argv: Arguments; those of the process if None.

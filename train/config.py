@@ -61,6 +61,12 @@ class RunConfig:
     """Folder of the run. Default: a new one under runs/, or with --resume the one last written to."""
     resume: bool = False
     """Continue a run from its last checkpoint, with the options that it was started with."""
+    window_plan: str | None = None
+    """File of python -m train moa, with --attention window: a window for each head in place of --window, and the plan's
+    number of sinks."""
+    start_from: str | None = None
+    """Folder of a run whose best parameters to start from, as to train on under a window plan; the model must have the
+    like. Default: random ones."""
     seconds: float | None = None
     """Stop, with a checkpoint, once this much time was spent on steps, in all sessions together; evaluations,
     checkpoints and compiling do not count."""
@@ -96,7 +102,7 @@ class RunConfig:
 class Config:
     """Train a language model with dense or sparse causal attention.
 
-    Other commands: python -m train sample --help, python -m train report --help.
+    Other commands: python -m train sample --help, python -m train report --help, python -m train moa --help.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -146,4 +152,6 @@ def problem(config: Config) -> str | None:
         return f"--seed must be below 2**32, got {optimizer.seed}."
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
+    if data.documents == "separate" and "sparsek" in config.model.layer_kinds():
+        return "--documents separate does not go with --attention sparsek, whose selections reach over documents."
     return None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 from models import ModelConfig
+from models.attention import static_kinds
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets; found by the beginning of the name.
 PEAK_FLOPS = {
@@ -44,13 +46,25 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
     leaves = jax.tree_util.tree_leaves_with_path(params)
     matrices = sum(leaf.size for path, leaf in leaves if path[0].key != "position")
     causal = length * (length + 1) / 2
-    share = {
-        "dense": 1.0,
-        "dense-cudnn": 1.0,
-        "hash": 1 / config.num_buckets,
-        "reformer": 1 / config.num_buckets,
-        "qk": (1 - config.drop_rate) ** 2,
+    pairs_of = {
+        "dense": causal,
+        "dense-cudnn": causal,
+        "hash": causal / config.num_buckets,
+        "reformer": causal / config.num_buckets,
+        "qk": (1 - config.drop_rate) ** 2 * causal,
+        "topk": (1 - config.drop_rate) * causal,
+        "sparsek": _sparsek_pairs(config, length),
         "identity": 0.0,
     }
-    pairs = sum(share[kind] * causal for kind in config.layer_kinds())
+    pairs = sum(
+        pairs_of[kind] if kind in pairs_of else static_kinds(config, layer)[kind].pairs(length)
+        for layer, kind in enumerate(config.layer_kinds())
+    )
     return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)
+
+
+def _sparsek_pairs(config: ModelConfig, length: int) -> float:
+    """The keys of the windows, and those selected before them: see `scfa_jax.sparsek_attention`."""
+    position = np.arange(length)
+    before = np.maximum(0, position // config.sparsek_chunk * config.sparsek_chunk - config.sparsek_window + 1)
+    return float(np.sum(position + 1 - before + np.minimum(before, config.sparsek_keys)))

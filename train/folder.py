@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def open_folder(config: Config, corpus: Corpus) -> Path:
                 f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
                 f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
             )
-        changed = _changed(facts, _facts(corpus), config)
+        changed = _changed(facts, facts_of(corpus), config)
         if changed:
             print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
         return folder
@@ -52,7 +53,7 @@ def _make_folder(config: Config, corpus: Corpus) -> Path:
     try:
         folder = new_run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(folder, config, _facts(corpus))
+        save_config(folder, config, facts_of(corpus))
     except OSError as error:
         if folder is not None:
             with contextlib.suppress(OSError):
@@ -62,7 +63,8 @@ def _make_folder(config: Config, corpus: Corpus) -> Path:
     return folder
 
 
-def _facts(corpus: Corpus) -> dict[str, Any]:
+def facts_of(corpus: Corpus) -> dict[str, Any]:
+    """What was read, and the versions and the device that it is read with."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -75,6 +77,19 @@ def _facts(corpus: Corpus) -> dict[str, Any]:
             "cpu_cores": os.cpu_count(),
         },
     }
+
+
+def commit() -> str | None:
+    """The commit of this program; SCFA_COMMIT names it where there is no repository. None where nothing does."""
+    named = os.environ.get("SCFA_COMMIT")
+    if named:
+        return named
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any], config: Config) -> str:
@@ -127,18 +142,26 @@ def load_config(folder: Path) -> Config:
     """
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
-        of_a_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "distributed": None}
+        model = sections["model"]
+        of_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
+        of_session["distributed"] = None
+        run = {**sections["run"], **of_session}
         return Config(
-            model=ModelConfig(**sections["model"]),
+            model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),
             data=DataConfig(**sections["data"]),
             optimizer=OptimizerConfig(**sections["optimizer"]),
-            run=RunConfig(**{**sections["run"], **of_a_session}),
+            run=RunConfig(**run),
         )
     except (KeyError, TypeError) as error:
         path = folder / CONFIG_FILE
         raise TrainError(
             f"{path} does not fit this version of the program ({error}). Start a new run, or use that version."
         ) from None
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists of JSON as tuples, which can be hashed."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def latest_run() -> Path:

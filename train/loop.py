@@ -77,11 +77,13 @@ def _placing(mesh: Mesh, steps: Compiled, batch_size: int) -> Compiled:
     )
 
 
-def evaluate(compiled: Compiled, state: TrainState, config: Config, corpus: Corpus) -> float:
-    """Mean loss on held-out text, nats a token."""
+def evaluate(
+    eval_step: Callable[..., jax.Array], state: TrainState, corpus: Corpus, data: DataConfig, max_tokens: int
+) -> float:
+    """Mean loss on held-out text, nats a token; arguments as of `held_out_batches`, and a step of `Compiled`."""
     sums, tokens = [], 0.0
-    for batch, weights in held_out_batches(corpus, _evaluated(config), config.run.eval_tokens):
-        sums.append(compiled.eval_step(state.params, state.fixed, batch, weights))
+    for batch, weights in held_out_batches(corpus, data, max_tokens):
+        sums.append(eval_step(state.params, state.fixed, batch, weights))
         tokens += float(weights.sum()) * (batch.tokens.shape[1] - 1)
     return math.fsum(float(part) for part in sums) / tokens
 
@@ -118,7 +120,7 @@ def train(
     tokens_per_step = config.data.batch_size * config.data.seq_len
 
     def evaluated() -> float:
-        loss = evaluate(compiled, state, config, corpus)
+        loss = evaluate(compiled.eval_step, state, corpus, _evaluated(config), run.eval_tokens)
         if not math.isfinite(loss):
             raise NotFiniteError(f"The held-out loss is {loss} at step {step}.")
         sizes = _bucket_sizes(compiled, state, config, corpus)

@@ -46,6 +46,8 @@ def mesh_problem(config: Config) -> str | None:
         return f"--mesh must be given with {jax.process_count()} processes." if jax.process_count() > 1 else None
     if config.run.out is None and jax.process_count() > 1:
         return "--out must be given with several processes: they all write to one folder."
+    if config.run.start_from is not None and jax.process_count() > 1:
+        return "--start-from goes with one process: train a step in one, then --resume in several."
     sizes = axis_sizes(config.run.mesh)
     asked, there = math.prod(sizes.values()), jax.device_count()
     if asked > there or (asked < there and jax.process_count() > 1):

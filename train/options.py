@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import tyro
 
-from models import PRESETS
+from models import PRESETS, ModelConfig
 from train.config import Config, problem
 from train.errors import TrainError
 from train.folder import CONFIG_FILE, expanded, latest_run, load_config
 from train.mesh import mesh_problem
+from train.moa.plan import load_plan
 from train.processes import connect
 
 
@@ -65,6 +66,8 @@ def _checked(config: Config) -> Config:
     if wrong:
         raise TrainError(wrong)
     model, data = config.model, config.data
+    if config.run.window_plan is not None:
+        model = _under_plan(model, config.run.window_plan)
     if model.dtype == "auto":
         on_cpu = jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
@@ -72,6 +75,14 @@ def _checked(config: Config) -> Config:
         data, data=_absolute("data", data.data), bpe=_absolute("bpe", data.bpe), cache=_absolute("cache", data.cache)
     )
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _under_plan(model: ModelConfig, path: str) -> ModelConfig:
+    """The model with a plan's windows and sinks."""
+    if "window" not in model.layer_kinds():
+        raise TrainError(f"--window-plan goes with --attention window, got {model.attention}.")
+    plan = load_plan(expanded("window-plan", path), model.layers, model.heads)
+    return dataclasses.replace(model, window_rules=plan.rules, num_sinks=plan.num_sinks)
 
 
 def _absolute(option: str, path: str | None) -> str | None:

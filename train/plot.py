@@ -24,7 +24,7 @@ def plot_losses(runs: Mapping[str, History], title: str, path: Path) -> None:
         title: Stands above.
         path: The PNG to write.
     """
-    figure = _figure(title, 11, 4.5)
+    figure = new_figure(title, 11, 4.5)
     unit = next(unit for unit in ("byte", "pixel") for h in runs.values() if column(h, f"held_out_bits_per_{unit}")[0])
     for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "train_seconds"), strict=True):
         for number, (name, history) in enumerate(runs.items()):
@@ -53,7 +53,7 @@ def plot_speed_and_buckets(runs: Mapping[str, History], tokens_per_step: Mapping
         tokens_per_step: Of each run.
         path: The PNG to write.
     """
-    figure = _figure("Step time, and buckets on a held-out batch: means over layers, with their range", 11, 7)
+    figure = new_figure("Step time, and buckets on a held-out batch: means over layers, with their range", 11, 7)
     panels = figure.subplots(2, 2).flat
     for axes, (name, label) in zip(
         panels,
@@ -98,7 +98,7 @@ def plot_bucket_sizes(history: History, title: str, path: Path) -> bool:
     shares = np.array(values)  # [evaluations, layers, buckets]
     layers, buckets = shares.shape[1:]
     columns = min(4, layers)
-    figure = _figure(title, 3.2 * columns + 1, 2.6 * -(-layers // columns) + 0.6)
+    figure = new_figure(title, 3.2 * columns + 1, 2.6 * -(-layers // columns) + 0.6)
     panels = figure.subplots(-(-layers // columns), columns, squeeze=False, sharex=True, sharey=True)
     for layer, axes in enumerate(panels.flat):
         axes.set_visible(layer < layers)
@@ -124,7 +124,7 @@ def draw_images(images: Sequence[np.ndarray], title: str, path: Path) -> None:
         path: The PNG to write.
     """
     columns = int(np.ceil(np.sqrt(len(images))))
-    figure = _figure(title, 1.2 * columns, 1.2 * -(-len(images) // columns) + 0.6)
+    figure = new_figure(title, 1.2 * columns, 1.2 * -(-len(images) // columns) + 0.6)
     panels = figure.subplots(-(-len(images) // columns), columns, squeeze=False).flat
     side = max(1, round(max(len(image) for image in images) ** 0.5))
     for index, axes in enumerate(panels):
@@ -141,7 +141,8 @@ def column(history: History, name: str, x: str = "step") -> tuple[list[Any], lis
     return [record.get(x, record["seconds"]) for record in found], [record[name] for record in found]
 
 
-def _figure(title: str, width: float, height: float) -> Figure:
+def new_figure(title: str, width: float, height: float) -> Figure:
+    """An empty figure of so many inches; the title stands above."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would keep state and look for a display
     figure.suptitle(_text(title), fontsize="medium", parse_math=False)

@@ -17,6 +17,7 @@ from train.mesh import gathered, init_on, make_mesh, rows_to_read
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
 from train.processes import is_first, one_speaks
+from train.restore import parameters_of
 from train.sample import SampleOptions, write_sample
 from train.step import LanguageModel, TrainState
 
@@ -40,8 +41,11 @@ def run(config: Config) -> int:
 def _run(config: Config) -> int:
     data, mesh = config.data, make_mesh(config.run.mesh)
     corpus = load_corpus(data)
-    folder = open_folder(config, corpus)
     model, state = init_on(mesh, config, corpus.vocab_size)
+    if config.run.start_from is not None and not config.run.resume:
+        params = parameters_of(config.run.start_from, corpus, state.params)
+        state = state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+    folder = open_folder(config, corpus)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
     device = jax.devices()[0].device_kind if mesh is None else f"{mesh.size} x {jax.devices()[0].device_kind}"
     print(f"{corpus.name}: {corpus.train.size:,} {corpus.unit}s to train on, {corpus.held_out.size:,} held out")

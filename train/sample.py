@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from train.checkpoint import Checkpoints
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
 from train.folder import expanded, load_config
 from train.generate import can_decode, generate
 from train.plot import draw_images
-from train.step import LanguageModel, TrainState, init
+from train.restore import restored
+from train.step import LanguageModel, TrainState
 
 SAMPLE_FILES = {"text": "sample.txt", "images": "sample.png"}
 DEFAULT_PROMPT_LENGTH = 64
@@ -75,15 +75,8 @@ def sample_run(options: SampleOptions) -> int:
     folder = expanded("run", options.run)
     config = load_config(folder)
     corpus = load_corpus(config.data)
-    model, like = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=config.data.seq_len)
-    with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest_step
-        if step is None:
-            raise TrainError(f"{folder} holds no checkpoint yet. Train it first.")
-        if options.checkpoint == "best" and checkpoints.best_step is not None:
-            step = checkpoints.best_step
-        state = checkpoints.restore(step, like)
-    title = f"{folder}, step {step}; {corpus.name}"
+    model, state = restored(folder, config, corpus, options.checkpoint)
+    title = f"{folder}, step {int(state.step)}; {corpus.name}"
     print(f"wrote {write_sample(options, title, corpus, model, state, config.data.seq_len)}")
     return 0
 

@@ -1,0 +1,150 @@
+"""Attention to a window, and to the earlier keys that a learned score selects."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scfa_jax import sparsek_state
+from scfa_jax.sparsek import Selection, sparsek_attention
+from scfa_jax.sparsek_state import SparseKState
+from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Projections, Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseK(Sparsity):
+    """Attention to a window and to the highest-scored keys before it: SparseK attention of Lou et al. 2024.
+
+    The score of a token is a linear map of what the layer reads, one for each key head; it has no bias, to which gates
+    would not respond. In decoding, window and candidates are all that is kept, however long the sequence gets.
+
+    Args:
+        num_keys: As in `scfa_jax.sparsek_attention`, like the next three.
+        window: Keys of the window.
+        chunk_size: Queries that share a selection.
+        num_candidates: Scores that the gates come from.
+        slope: What each position adds to the scores, so that of two tokens that score alike the later is selected.
+
+    Raises:
+        ValueError: A number is too small, or `slope` is not finite.
+        TypeError: A number is not static.
+    """
+
+    num_keys: int
+    window: int
+    chunk_size: int = 128
+    num_candidates: int | None = None
+    slope: float = 0.0
+
+    caches_every_token = False
+
+    def __post_init__(self):
+        self._selection()
+        if isinstance(self.slope, bool) or not isinstance(self.slope, int | float | np.number):
+            raise TypeError(f"slope must be a static number, got {self.slope!r}.")
+        if not math.isfinite(self.slope):
+            raise ValueError(f"slope must be finite, got {self.slope}.")
+
+    def parameters(self, layout: Layout) -> dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]]:
+        """Tells what scores tokens.
+
+        Args:
+            layout: That of the module.
+
+        Returns:
+            `score_kernel`, `[E, K]`, with its initialiser.
+        """
+        return {
+            "score_kernel": (jax.nn.initializers.lecun_normal(), (layout.in_features, layout.num_key_value_heads)),
+        }
+
+    def marks(self, projections: Projections, score_kernel: jax.Array | None = None) -> tuple[Marks, Marks | None]:
+        """Scores tokens, in float32 whatever the layer computes in.
+
+        Args:
+            projections: Those of a call.
+            score_kernel: float `[E, K]`; needed.
+
+        Returns:
+            Nothing for the queries, and the `score` of keys, without the slope.
+
+        Raises:
+            ValueError: There are no tokens, or `score_kernel` is missing or has another shape.
+        """
+        tokens, expected = projections.tokens, projections.key.shape[2]
+        if tokens is None:
+            raise ValueError(f"tokens must be given for {self!r}, which scores them.")
+        if score_kernel is None or score_kernel.shape != (tokens.shape[2], expected):
+            got = None if score_kernel is None else score_kernel.shape
+            raise ValueError(f"score_kernel must be [E, K] = {(tokens.shape[2], expected)}, got {got}.")
+        wide = (x.astype(jnp.float32) for x in (tokens, score_kernel))
+        return {}, {"score": jnp.einsum("bte,ek->btk", *wide, precision=jax.lax.Precision.HIGHEST)}
+
+    def mask(
+        self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array
+    ) -> jax.Array:
+        """Raises: gates are no mask; the dense definition is `scfa_jax.reference.sparsek_attention`.
+
+        Args:
+            query_marks: As in `Sparsity.mask`.
+            key_marks: Likewise.
+            query_position: Likewise.
+            key_position: Likewise.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("SparseK multiplies keys and values by gates: see reference.sparsek_attention.")
+
+    def attend(self, operands: Operands, **options: Any) -> jax.Array:
+        """Calls `sparsek_attention`.
+
+        Args:
+            operands: What attends to what.
+            **options: As in `Sparsity.attend`.
+
+        Returns:
+            `[B, T, N, H]` in the dtype of the query.
+
+        Raises:
+            NotImplementedError: There are segments.
+        """
+        if options.pop("query_segment_ids", None) is not None:
+            raise NotImplementedError("segment_ids must be None with SparseK: segments would share one selection.")
+        query, key, value = operands[:3]
+        output: Any = sparsek_attention(
+            query, key, value, self._scores(operands), **dataclasses.asdict(self._selection()), **options
+        )
+        return output
+
+    def empty_cache(self, layout: Layout, batch_size: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+        """Makes a `SparseKState` without tokens; arguments and result as in `Sparsity.empty_cache`."""
+        heads, head_dim = layout.num_key_value_heads, layout.head_dim
+        return sparsek_state.empty_state(self._selection(), batch_size, heads, head_dim, dtype)._asdict()
+
+    def attend_next(
+        self, cache: dict[str, jax.Array], operands: Operands, *, implementation: Implementation
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Attends from the tokens after those of a `SparseKState`; all as in `Sparsity.attend_next`."""
+        output, state = sparsek_state.attend_next(
+            SparseKState(**cache),
+            *operands[:3],
+            self._scores(operands, cache["cache_index"]),
+            self._selection(),
+            implementation=implementation,
+        )
+        return output, state._asdict()
+
+    def _selection(self) -> Selection:
+        return Selection.of(self.num_keys, self.window, self.chunk_size, self.num_candidates)
+
+    def _scores(self, operands: Operands, start: jax.Array | int = 0) -> jax.Array:
+        assert operands.key_marks is not None
+        score = operands.key_marks["score"]
+        return score + self.slope * (start + jnp.arange(score.shape[1]))[:, None].astype(jnp.float32)

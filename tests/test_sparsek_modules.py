@@ -1,0 +1,132 @@
+"""SparseK as a kind of sparsity of both Flax modules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from module_cases import BATCH, FEATURES, HEADS, LENGTH, SEED, assert_close, tokens, turned
+
+import scfa_jax.linen
+import scfa_jax.nnx
+from models import ModelConfig, Transformer
+from scfa_jax import reference
+from scfa_jax.nnx import SparseK
+from train.config import Config, DataConfig, problem
+
+KIND = SparseK(num_keys=3, window=4, chunk_size=5, slope=0.05)
+OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned}
+
+
+@functools.cache
+def parts():
+    """The module's graph and parameters, as NNX makes them."""
+    module = scfa_jax.nnx.CausalSelfAttention(FEATURES, HEADS, rngs=nnx.Rngs(0), **OPTIONS)
+    return nnx.split(module, nnx.Param, ...)
+
+
+@jax.jit
+def outputs_and_gradients(params, x, cotangent):
+    graph, _, rest = parts()
+    outputs, pull = jax.vjp(lambda params, x: nnx.merge(graph, params, rest)(x, deterministic=True), params, x)
+    return outputs, *pull(cotangent)
+
+
+def parameters():
+    return parts()[1]
+
+
+def test_equals_the_dense_definition_and_teaches_the_scores():
+    @jax.jit
+    def by_hand(params, x):
+        def project(name):
+            head = jnp.einsum("bte,enh->btnh", x, params[name]["kernel"], precision="highest") + params[name]["bias"]
+            return head if name == "value" else turned(head, jnp.arange(LENGTH)[None])
+
+        scores = x @ params["score_kernel"] + 0.05 * jnp.arange(LENGTH)[:, None]
+        attended = reference.sparsek_attention(
+            *map(project, ("query", "key", "value")), scores, num_keys=3, window=4, chunk_size=5
+        )
+        return jnp.einsum("btnh,nhe->bte", attended, params["out"]["kernel"], precision="highest")
+
+    params = nnx.to_pure_dict(parameters())
+    assert params["score_kernel"].shape == (FEATURES, 2)
+    outputs, gradient, _ = outputs_and_gradients(parameters(), tokens(), tokens(1))
+    assert_close(outputs, by_hand(params, tokens()))
+    assert np.all(np.any(np.asarray(gradient["score_kernel"][...]), axis=0))
+
+
+def test_later_tokens_change_neither_earlier_outputs_nor_receive_their_gradients():
+    for seen in (1, 10, 11, LENGTH - 1):
+        replaced = lambda x, y: np.concatenate([np.asarray(x)[:, :seen], np.asarray(y)[:, seen:]], axis=1)  # noqa: B023
+        cotangent = replaced(tokens(1), jnp.zeros_like(tokens()))
+        outputs, _, gradient = outputs_and_gradients(parameters(), tokens(), cotangent)
+        changed, *_ = outputs_and_gradients(parameters(), replaced(tokens(), tokens(2)), cotangent)
+        np.testing.assert_allclose(outputs[:, :seen], changed[:, :seen], rtol=1e-5, atol=1e-6)
+        assert not np.any(gradient[:, seen:])
+
+
+def test_decoding_equals_the_whole_with_a_cache_of_constant_size():
+    """A prompt, single tokens and more at once, wherever chunks begin, past the length that the cache was made for."""
+    graph, params, _ = parts()
+    module = nnx.merge(graph, params, nnx.State({}))
+    module.init_cache((BATCH, 12, FEATURES))
+    graph, cache, rest = nnx.split(module, nnx.Cache, ...)
+    sizes = jax.tree.map(jnp.shape, nnx.to_pure_dict(cache))
+    assert sizes["cached_key"] == (BATCH, KIND.window - 1 + KIND.chunk_size, 2, FEATURES // HEADS)
+
+    @jax.jit
+    def step(cache, x):
+        module = nnx.merge(graph, cache, rest)
+        return module(x, decode=True), nnx.state(module, nnx.Cache)
+
+    outputs, start = [], 0
+    for length in (8, *(1,) * 8, 8):
+        output, cache = step(cache, np.asarray(tokens())[:, start : start + length])
+        outputs.append(output)
+        start += length
+    assert start == LENGTH
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(cache)) == sizes
+    whole, *_ = outputs_and_gradients(parameters(), tokens(), tokens(1))
+    assert_close(np.concatenate(outputs, axis=1), whole)
+
+
+def test_linen_is_the_same_layer():
+    module = scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, decode=True, **OPTIONS)
+    shapes = jax.eval_shape(module.init, SEED, tokens())
+    params = nnx.to_pure_dict(parameters())
+    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, params)
+    empty = KIND.empty_cache(module.bind({"params": params}).layout, BATCH, jnp.float32)
+    assert jax.tree.map(jnp.shape, shapes["cache"]) == jax.tree.map(jnp.shape, empty)
+    apply = jax.jit(functools.partial(module.apply, mutable=["cache"]))
+    outputs, _ = apply({"params": params, "cache": empty}, tokens())
+    whole, *_ = outputs_and_gradients(parameters(), tokens(), tokens(1))
+    assert_close(outputs, whole)
+
+
+def test_the_language_model_has_it():
+    sizes = {"sparsek_keys": 3, "sparsek_window": 5, "sparsek_chunk": 7, "sparsek_slope": 0.1}
+    config = ModelConfig(attention="sparsek", layers=1, width=16, heads=2, dtype="float32", **sizes)
+    model = nnx.eval_shape(lambda: Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0)))
+    assert model.blocks[0].attention.sparsity == SparseK(3, 5, 7, slope=0.1)
+    separate = Config(model=config, data=DataConfig(documents="separate"))
+    assert "--documents separate does not go with --attention sparsek" in (problem(separate) or "")
+
+
+def test_segments_raise():
+    graph, params, rest = parts()
+    with pytest.raises(NotImplementedError, match="segment_ids must be None with SparseK"):
+        nnx.merge(graph, params, rest)(tokens(), deterministic=True, segment_ids=jnp.zeros((1, LENGTH), jnp.int32))
+
+
+def test_impossible_options_raise():
+    with pytest.raises(ValueError, match="num_keys must be at least 1, got 0"):
+        SparseK(0, 4)
+    with pytest.raises(ValueError, match="num_candidates must be at least 3, got 2"):
+        SparseK(3, 4, num_candidates=2)
+    with pytest.raises(TypeError, match=r"slope must be a static number, got '1'"):
+        SparseK(3, 4, slope="1")
+    with pytest.raises(ValueError, match="slope must be finite, got nan"):
+        SparseK(3, 4, slope=float("nan"))

@@ -83,7 +83,7 @@ class Ready(NamedTuple):
 
 def cases(options: Options, devices: int) -> list[Case]:
     """What there is to time on so many devices, each once."""
-    found = {}
+    found: dict[Case, None] = {}
     for mesh in (ONE, *options.meshes):
         sizes = {} if mesh == ONE else axis_sizes(mesh)
         count = math.prod(sizes.values())
@@ -186,9 +186,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     ratio = lambda row, name: f"{row[name]:.2f}x of {row['devices']}" if name in row else "-"
     for row in rows:
-        cells = (row["mesh"], str(row["devices"]), str(row["sequences"]), f"{row['step_ms']:.1f}")
-        cells += (f"{row['tokens_per_second']:,}", ratio(row, "weak"), ratio(row, "strong"))
-        lines.append("| " + " | ".join((*cells, f"{row['first_losses'][0]:.5f}")) + " |")
+        cells = (
+            row["mesh"],
+            str(row["devices"]),
+            str(row["sequences"]),
+            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_second']:,}",
+            ratio(row, "weak"),
+            ratio(row, "strong"),
+            f"{row['first_losses'][0]:.5f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -69,6 +69,12 @@ def implementation(request) -> str:
 
 
 @pytest.fixture
+def one_implementation() -> str:
+    """The fastest of them: for what is built around the kernels, and no kernel knows of."""
+    return IMPLEMENTATIONS[0]
+
+
+@pytest.fixture
 def text(tmp_path):
     """A file to train on."""
     path = tmp_path / "text.txt"

@@ -35,7 +35,7 @@ def check(case: Case, implementation, **more):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(20))
 @given(data=st.data())
 def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, data):
     check(data.draw(drawn_cases(pattern)), implementation)
@@ -53,7 +53,7 @@ def test_any_head_size_on_xla(head_dim):
     check(make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2"), "xla")
 
 
-@pytest.mark.parametrize("scale", [1, -0.5, 0.0])
+@pytest.mark.parametrize("scale", [-0.5, 0])
 def test_scale_of_any_sign(implementation, scale):
     check(make_case("hash", np.random.default_rng(3), Shape(), jnp.float32), implementation, scale=scale)
 
@@ -77,7 +77,7 @@ def test_two_buckets_in_one_tile_of_keys(implementation):
     query_hash = jnp.asarray(ids)[None, :, None]
     key_hash = jnp.asarray(rng.permutation(ids))[None, :, None]
     query, key, value = (jnp.asarray(rng.normal(size=(1, 768, 1, 16)), jnp.float32) for _ in range(3))
-    for exclude_self in (False, True):
+    for exclude_self, size in ((False, 32), (True, 128)):
         case = Case(
             query,
             key,
@@ -88,8 +88,7 @@ def test_two_buckets_in_one_tile_of_keys(implementation):
             (query_hash, key_hash),
             {"exclude_self": exclude_self},
         )
-        for size in (32, 128):
-            check(case, implementation, block_sizes=BlockSizes(*(Tile(size, size),) * 3))
+        check(case, implementation, block_sizes=BlockSizes(*(Tile(size, size),) * 3))
 
 
 STRANDED = {
@@ -122,8 +121,9 @@ def test_stranded_queries_give_exact_zeros(implementation, name):
         assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("pattern", ["hash", "keep", "range", "causal"])
+@pytest.mark.parametrize(
+    ("pattern", "grouped"), [("hash", True), ("hash", False), ("keep", False), ("range", True), ("causal", False)]
+)
 def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped):
     """NaN or inf in unseen keys and values, in stranded queries and in their cotangents changes no bit."""
     shape = Shape(1, 60, 70, 2, 1 if grouped else 2, 16)
@@ -180,9 +180,9 @@ def test_nan_in_a_row_that_takes_part_is_not_hidden(implementation):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reruns_give_the_same_bits(implementation, pattern):
+def test_reruns_give_the_same_bits(one_implementation, pattern):
     case = make_case(pattern, np.random.default_rng(10), Shape(2, 70, 70, 4, 2, 16), jnp.bfloat16)
-    for x, y in zip(run(case, implementation), run(case, implementation), strict=True):
+    for x, y in zip(run(case, one_implementation), run(case, one_implementation), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
@@ -207,13 +207,13 @@ def test_empty_batch(implementation):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_without_a_batch_axis(implementation, pattern):
+def test_without_a_batch_axis(one_implementation, pattern):
     case = make_case(pattern, np.random.default_rng(12), Shape(1, 30, 40, 2, 2, 16), jnp.float32)
-    want, want_logsumexp = case.attend(case.query, case.key, case.value, **options(implementation))
+    want, want_logsumexp = case.attend(case.query, case.key, case.value, **options(one_implementation))
     output, logsumexp = case.operator(
         *(x[0] for x in (case.query, case.key, case.value, *case.pattern)),
         **case.options,
-        **options(implementation),
+        **options(one_implementation),
         return_residual=True,
     )
     np.testing.assert_array_equal(output, want[0])
@@ -222,12 +222,12 @@ def test_without_a_batch_axis(implementation, pattern):
 
 @pytest.mark.parametrize("axes", [(1,), (0, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("pattern", ["hash", "keep", "range"])
-def test_axes_of_one_broadcast(implementation, pattern, axes):
+def test_axes_of_one_broadcast(one_implementation, pattern, axes):
     case = make_case(pattern, np.random.default_rng(13), Shape(2, 40, 40, 2, 2, 16), jnp.float32)
     narrow = tuple(x[tuple(slice(1) if i in axes else slice(None) for i in range(3))] for x in case.pattern)
     wide = tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(narrow, case.pattern, strict=True))
     results = [
-        case.operator(case.query, case.key, case.value, *pattern, **case.options, **options(implementation))
+        case.operator(case.query, case.key, case.value, *pattern, **case.options, **options(one_implementation))
         for pattern in (narrow, wide)
     ]
     np.testing.assert_array_equal(*results)
@@ -249,21 +249,23 @@ def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_one_offset_for_each_batch_element(implementation):
+def test_one_offset_for_each_batch_element(one_implementation):
     case = make_case("causal", np.random.default_rng(15), Shape(3, 20, 40, 2, 2, 16), jnp.float32)
     offsets = jnp.array([0, 20, -30], jnp.int32)
-    got = checked.causal_attention(case.query, case.key, case.value, query_offset=offsets, **options(implementation))
+    got = checked.causal_attention(
+        case.query, case.key, case.value, query_offset=offsets, **options(one_implementation)
+    )
     for b, offset in enumerate((0, 20, -30)):
         one = [x[b : b + 1] for x in (case.query, case.key, case.value)]
         want = reference.causal_attention(*one, query_offset=offset)
         np.testing.assert_allclose(got[b : b + 1], want, atol=2e-5)
 
 
-def test_chunked_prefill_equals_one_pass(implementation):
+def test_chunked_prefill_equals_one_pass(one_implementation):
     """Queries in two chunks, the second with an offset, see what they see together."""
     case = make_case("shared_hash", np.random.default_rng(16), Shape(1, 60, 60, 2, 2, 16), jnp.float32)
     (ids,) = case.pattern
-    whole = checked.hash_sparse_attention(case.query, case.key, case.value, ids, **options(implementation))
+    whole = checked.hash_sparse_attention(case.query, case.key, case.value, ids, **options(one_implementation))
     chunks = [
         checked.hash_sparse_attention(
             case.query[:, part],
@@ -272,21 +274,21 @@ def test_chunked_prefill_equals_one_pass(implementation):
             ids[:, part],
             ids,
             query_offset=part.start,
-            **options(implementation),
+            **options(one_implementation),
         )
         for part in (slice(0, 37), slice(37, 60))
     ]
     np.testing.assert_allclose(jnp.concatenate(chunks, 1), whole, atol=2e-5)
 
 
-def test_one_index_serves_many_calls(implementation):
+def test_one_index_serves_many_calls(one_implementation):
     case = make_case("hash", np.random.default_rng(18), Shape(), jnp.float32)
     index = scfa_jax.hash_index(*case.pattern, exclude_self=True)
     want = scfa_jax.hash_sparse_attention(
-        case.query, case.key, case.value, *case.pattern, exclude_self=True, **options(implementation)
+        case.query, case.key, case.value, *case.pattern, exclude_self=True, **options(one_implementation)
     )
     attend = jax.jit(
-        lambda q, index: scfa_jax.sparse_attention(q, case.key, case.value, index, **options(implementation))
+        lambda q, index: scfa_jax.sparse_attention(q, case.key, case.value, index, **options(one_implementation))
     )
     np.testing.assert_array_equal(attend(case.query, index), want)
 

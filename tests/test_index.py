@@ -1,5 +1,8 @@
 """Every index builder: its ranges, read back as a mask, are the pattern's dense mask."""
 
+from functools import cache, partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +15,24 @@ import scfa_jax
 from scfa_jax import search
 from scfa_jax.index import NEVER, SparseIndex
 from scfa_jax.kernels import triton_search
+
+
+def index_of(pattern: str, case: Case) -> SparseIndex:
+    """As `build`, compiled once for all cases of the same static options and shapes."""
+    is_data = lambda value: isinstance(value, jax.Array)
+    static = tuple(sorted((name, value) for name, value in case.options.items() if not is_data(value)))
+    data = {name: value for name, value in case.options.items() if is_data(value)}
+    return _compiled(pattern, static)((case.query.shape[1], case.key.shape[1]), case.pattern, data)
+
+
+@cache
+def _compiled(pattern, static):
+    @partial(jax.jit, static_argnums=0)
+    def indexed(lengths, pattern_arrays, data):
+        rows = [jax.ShapeDtypeStruct((1, length), jnp.float32) for length in lengths]
+        return build(pattern, Case(*rows, None, None, None, None, pattern_arrays, {**dict(static), **data}))
+
+    return indexed
 
 
 def build(pattern: str, case: Case) -> SparseIndex:
@@ -53,7 +74,7 @@ def as_mask(index: SparseIndex) -> np.ndarray:
 @given(data=st.data())
 def test_an_index_allows_exactly_the_pattern(pattern, data):
     case = data.draw(drawn_cases(pattern))
-    index = build(pattern, case)
+    index = index_of(pattern, case)
     mask = as_mask(index)
     want = np.asarray(case.mask)
     if mask.shape[1] < want.shape[1]:

@@ -34,10 +34,10 @@ def in_parts(case, cuts, attend, merge):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("cuts", [(30,), (1, 1, 50)], ids=str)
-def test_parts_merge_to_the_whole(implementation, cuts, dtype):
+def test_parts_merge_to_the_whole(one_implementation, cuts, dtype):
     """As exact as one call: parts are not rounded before they are merged."""
     case = make_case("range", np.random.default_rng(0), SHAPE, dtype, longest=0.8)
-    attend = partial(scfa_jax.range_attention, implementation=implementation, block_sizes=SMALL_BLOCKS)
+    attend = partial(scfa_jax.range_attention, implementation=one_implementation, block_sizes=SMALL_BLOCKS)
     results = jax.jit(partial(results_and_gradients, in_parts(case, cuts, attend, scfa_jax.merge_attention)))
     assert not np.asarray(case.mask).any(-1).all()
     assert_as_exact_as_plain(results, case.query, case.key, case.value, case.mask)
@@ -105,9 +105,9 @@ def dense_of(case, *qkv, **options):
     return case.dense(*qkv, *case.pattern, **case.options, return_residual=True, **options)
 
 
-def test_a_float32_output_rounds_to_the_bfloat16_one(implementation):
+def test_a_float32_output_rounds_to_the_bfloat16_one(one_implementation):
     case = make_case("hash", np.random.default_rng(4), Shape(1, 40, 40, 2, 2, 16), jnp.bfloat16)
-    attend = partial(case.attend, implementation=implementation, block_sizes=SMALL_BLOCKS)
+    attend = partial(case.attend, implementation=one_implementation, block_sizes=SMALL_BLOCKS)
 
     @jax.jit
     def results(query, key, value):

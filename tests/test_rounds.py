@@ -49,16 +49,16 @@ def check(case, implementation, **options):
 @pytest.mark.parametrize(("num_rounds", "promise"), [(2, None), (3, 8)])
 @settings(max_examples=examples(6))
 @given(kind=st.sampled_from(("one", "2", "4", "8")), seed=st.integers(0, 2**32 - 1))
-def test_the_union_is_as_exact_as_plain_attention(implementation, num_rounds, promise, kind, seed):
+def test_the_union_is_as_exact_as_plain_attention(one_implementation, num_rounds, promise, kind, seed):
     case = drawn(np.random.default_rng(seed), num_rounds, SHAPES["grouped"], jnp.float32, kind, exclude_self=True)
     assert (case.collisions > 1).any()
-    check(case, implementation, num_buckets=promise, exclude_self=True)
+    check(case, one_implementation, num_buckets=promise, exclude_self=True)
 
 
-def test_in_bfloat16(implementation):
+def test_in_bfloat16(one_implementation):
     for seed in range(4):
         case = drawn(np.random.default_rng(seed), 2, SHAPES["grouped"], jnp.bfloat16, "4", exclude_self=True)
-        check(case, implementation, num_buckets=8, exclude_self=True)
+        check(case, one_implementation, num_buckets=8, exclude_self=True)
 
 
 @pytest.mark.parametrize("promise", [None, 2**16])
@@ -84,7 +84,7 @@ def test_equal_rounds_count_once(implementation):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_a_pair_that_outweighs_the_rest_cancels_cleanly(implementation):
+def test_a_pair_that_outweighs_the_rest_cancels_cleanly(one_implementation):
     """One key in all rounds has nearly all weight: what is left of the others is as exact as their size allows."""
     rng = np.random.default_rng(2)
     case = drawn(rng, 2, SHAPES["shared"], jnp.float32, "2")
@@ -92,15 +92,15 @@ def test_a_pair_that_outweighs_the_rest_cancels_cleanly(implementation):
     case.qkv = (query.at[0, 40:].set(6.0), key.at[0, 3].set(6.0), value)
     case.hashes = [x.at[:, 0, 3].set(1).at[:, 0, 40:].set(1) for x in case.hashes]
     case.mask = np.any([reference.hash_mask(*ids) for ids in zip(*case.hashes, strict=True)], axis=0)
-    check(case, implementation, num_buckets=2)
+    check(case, one_implementation, num_buckets=2)
 
 
-def test_stranded_queries_and_segments(implementation):
+def test_stranded_queries_and_segments(one_implementation):
     rng = np.random.default_rng(3)
     case = drawn(rng, 2, SHAPES["shared"], jnp.float32, "distinct")
     ids = jnp.asarray(rng.integers(-1, 2, 64), jnp.int32)
     options = {"exclude_self": True, "query_segment_ids": ids, "return_residual": True, "query_offset": 1}
-    got = scfa_jax.hash_sparse_attention(*case.qkv, *case.hashes, **options, implementation=implementation)
+    got = scfa_jax.hash_sparse_attention(*case.qkv, *case.hashes, **options, implementation=one_implementation)
     want = reference.hash_sparse_attention(*case.qkv, *case.hashes, **options)
     stranded = np.isneginf(want[1])
     assert stranded.any()

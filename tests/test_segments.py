@@ -1,7 +1,7 @@
 """Segment ids: attention stays within a segment under every pattern, and padding neither shows nor costs anything."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import chex
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Case, Shape, drawn_cases, in_segments, make_case
+from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Shape, drawn_cases, in_segments, make_case
 from conftest import examples
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from test_index import as_mask, build
+from test_index import as_mask, build, index_of
 from test_lowering import ATTENTION, BOUNDS, MARKS, RANGES, SORT, gradients, lowered_for_cuda, number_of_kernels
 from test_reference import rule
 from tolerance import NAMES, assert_as_exact_as_plain, cotangents, results_and_gradients
@@ -28,26 +28,6 @@ from scfa_jax import reference
 from scfa_jax.attention_fn import causal_attention_fn, hash_attention_fn, qk_attention_fn
 from scfa_jax.index import NEVER
 from scfa_jax.sparsity import Drop, Hash
-
-
-@cache
-def compiled_index(pattern, static):
-    """The builder of a pattern, compiled once for all cases of these static options."""
-
-    @partial(jax.jit, static_argnums=0)
-    def indexed(lengths, pattern_arrays, data):
-        rows = [jax.ShapeDtypeStruct((1, length), jnp.float32) for length in lengths]
-        return build(pattern, Case(*rows, None, None, None, None, pattern_arrays, {**dict(static), **data}))
-
-    return indexed
-
-
-def index_of(pattern, case):
-    """As `build`, compiled."""
-    is_data = lambda value: isinstance(value, jax.Array)
-    static = tuple(sorted((k, v) for k, v in case.options.items() if not is_data(v)))
-    data = {k: v for k, v in case.options.items() if is_data(v)}
-    return compiled_index(pattern, static)((case.query.shape[1], case.key.shape[1]), case.pattern, data)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -118,13 +98,13 @@ def padded_case(pattern, rng):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_padding_gives_zeros_and_hides_what_it_holds(implementation, pattern):
+def test_padding_gives_zeros_and_hides_what_it_holds(one_implementation, pattern):
     case, is_padding = padded_case(pattern, np.random.default_rng(1))
     given = cotangents(np.random.default_rng(0), case.query)
 
     @jax.jit
     def results(query, key, value, *cotangent):
-        attend = partial(case.attend, implementation=implementation, block_sizes=SMALL_BLOCKS)
+        attend = partial(case.attend, implementation=one_implementation, block_sizes=SMALL_BLOCKS)
         (output, logsumexp), pull = jax.vjp(attend, query, key, value)
         return output, logsumexp, *pull(cotangent)
 
@@ -165,10 +145,10 @@ def test_short_documents_visit_few_tiles():
 
 
 @pytest.mark.parametrize("pattern", ["hash", "range"])
-def test_packed_documents_equal_documents_alone(implementation, pattern):
+def test_packed_documents_equal_documents_alone(one_implementation, pattern):
     rng = np.random.default_rng(3)
     case = make_case(pattern, rng, Shape(1, 70, 70, 2, 2, 16), jnp.float32)
-    options = {"implementation": implementation, "block_sizes": SMALL_BLOCKS}
+    options = {"implementation": one_implementation, "block_sizes": SMALL_BLOCKS}
     cuts = (0, 13, 48, 70)
     ids = jnp.asarray(np.repeat([9, 2, 7], np.diff(cuts)), jnp.int32)
     attend = jax.jit(partial(case.operator, **case.options, **options))
@@ -181,12 +161,12 @@ def test_packed_documents_equal_documents_alone(implementation, pattern):
 
 
 @pytest.mark.parametrize("promise", [None, 4])
-def test_a_chunk_of_queries_sees_its_segments_in_all_keys(implementation, promise):
+def test_a_chunk_of_queries_sees_its_segments_in_all_keys(one_implementation, promise):
     rng = np.random.default_rng(4)
     case = make_case("shared_hash", rng, Shape(2, 60, 60, 2, 2, 16), jnp.float32)
     (hashes,) = case.pattern
     ids = jnp.asarray(rng.integers(-1, 3, (2, 60)), jnp.int32)
-    attend = partial(scfa_jax.hash_sparse_attention, num_buckets=promise, implementation=implementation)
+    attend = partial(scfa_jax.hash_sparse_attention, num_buckets=promise, implementation=one_implementation)
     whole = attend(case.query, case.key, case.value, hashes, query_segment_ids=ids)
     chunk = attend(
         case.query[:, 37:],
@@ -202,12 +182,12 @@ def test_a_chunk_of_queries_sees_its_segments_in_all_keys(implementation, promis
 
 
 @pytest.mark.parametrize("pattern", ["causal", "hash", "range"])
-def test_new_ids_do_not_recompile_and_map(implementation, pattern):
+def test_new_ids_do_not_recompile_and_map(one_implementation, pattern):
     chex.clear_trace_counter()
     case = make_case(pattern, np.random.default_rng(5), Shape(2, 40, 40, 2, 2, 16), jnp.float32)
     rng = np.random.default_rng(6)
     many = jnp.asarray(rng.integers(-1, 3, (3, 2, 40)), jnp.int32)
-    options = {**case.options, "implementation": implementation, "block_sizes": SMALL_BLOCKS}
+    options = {**case.options, "implementation": one_implementation, "block_sizes": SMALL_BLOCKS}
 
     @chex.assert_max_traces(n=2)  # one of `jit`, one of `vmap`
     def attend(ids):

@@ -1,5 +1,6 @@
 """Tile bounds: they hold every allowed pair, call nothing full that is not, and visit no tile in vain."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,10 +8,18 @@ from cases import PATTERNS, Shape, drawn_cases, make_case
 from conftest import HAS_GPU, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_index import build
+from test_index import build, index_of
 
 from scfa_jax import BlockSizes, Tile, tiling
 from scfa_jax.kernels import triton_bounds
+
+PLAIN, KERNEL = (
+    {
+        name: jax.jit(getattr(module, name), static_argnums=(1, 2), static_argnames=more)
+        for name in ("key_tile_bounds", "query_tile_bounds")
+    }
+    for module, more in ((tiling, ()), (triton_bounds, "interpret"))
+)
 
 
 def ordered_mask(index):
@@ -36,12 +45,12 @@ def members(bounds, i, j):
 def test_the_kernel_finds_the_same_bounds(pattern, data):
     case = data.draw(drawn_cases(pattern))
     blocks = data.draw(st.sampled_from(((16, 16), (16, 32), (32, 16))))
-    index = build(pattern, case)
+    index = index_of(pattern, case)
     if 0 in (index.query_length, index.key_length):
         return  # the kernels are not called then
     for name in ("key_tile_bounds", "query_tile_bounds"):
-        plain = getattr(tiling, name)(index, *blocks)
-        np.testing.assert_array_equal(plain, getattr(triton_bounds, name)(index, *blocks, interpret=not HAS_GPU))
+        plain = PLAIN[name](index, *blocks)
+        np.testing.assert_array_equal(plain, KERNEL[name](index, *blocks, interpret=not HAS_GPU))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -50,10 +59,10 @@ def test_the_kernel_finds_the_same_bounds(pattern, data):
 def test_bounds_are_exact(pattern, data):
     case = data.draw(drawn_cases(pattern))
     block_q, block_k = data.draw(st.sampled_from(((16, 16), (16, 32), (32, 16))))
-    index = build(pattern, case)
+    index = index_of(pattern, case)
     mask, low, high, code = ordered_mask(index)
-    by_query = np.asarray(tiling.key_tile_bounds(index, block_q, block_k))
-    by_key = np.asarray(tiling.query_tile_bounds(index, block_q, block_k))
+    by_query = np.asarray(PLAIN["key_tile_bounds"](index, block_q, block_k))
+    by_key = np.asarray(PLAIN["query_tile_bounds"](index, block_q, block_k))
     batch, heads, query_length, key_length = mask.shape
     shape = (batch, heads)
     by_query, by_key = (np.broadcast_to(x, (*shape, *x.shape[2:])) for x in (by_query, by_key))

@@ -10,9 +10,8 @@ from cases import SEGMENT_KINDS, SMALL_BLOCKS, Shape, in_segments, make_case
 from conftest import IMPLEMENTATIONS, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_index import as_mask
+from test_index import as_mask, index_of
 from test_lowering import ATTENTION, BOUNDS, MARKS, gradients, lowered_for_cuda, number_of_kernels
-from test_segments import index_of
 from tolerance import assert_as_exact_as_plain, cotangents
 
 import scfa_jax

@@ -184,6 +184,11 @@ class Checkpoints:
         )
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds a whole checkpoint."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINT_FOLDER).glob("*"))
+
+
 def _held_out_loss(metrics: Any) -> float:
     """Infinite where it is not known: orbax warns of checkpoints without metrics."""
     loss = metrics["held_out_loss"]

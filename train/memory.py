@@ -29,7 +29,7 @@ def out_of_memory_in_one_line(remedy: Callable[[], str]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")
         has = f" of {limit / 2**30:.1f} GiB" if limit else ""
         raise TrainError(f"{device.device_kind} ran out of memory{has}{_asked(str(error))}. {remedy()}") from None

@@ -102,7 +102,7 @@ def static_kinds(config: ModelConfig, layer: int) -> dict[str, Window | StaticPa
     return {
         "window": Window(windows, config.num_sinks, slopes),
         "longformer": Longformer(config.window, config.stride),
-        "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block),
+        "bigbird": BigBird(config.window, config.num_sinks, config.num_random, config.random_block, seed=layer),
         "strided": Strided(config.stride),
         "fixed": Fixed(config.stride, config.num_summaries),
     }

@@ -272,7 +272,7 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
         pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), shape).astype(np.int32)
     if signature.window:
-        pattern["window"] = np.int32(rng.choice([0, 1, 5, key_length, 2**31 - 1]))
+        pattern["window"] = np.array(rng.choice([0, 1, 5, key_length, 2**31 - 1]), np.int32)
     if signature.segments:
         kind = str(rng.choice(("one", "runs", "padded", "scattered", "huge", "padding")))
         for name, length in (("query_segment_ids", query_length), ("key_segment_ids", key_length)):

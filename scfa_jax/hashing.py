@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scfa_jax import _checks
+
 
 def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
     """Draws random directions for angular locality-sensitive hashing, one set a head.
@@ -133,12 +135,18 @@ def permutation_hash(
     Returns:
         int32 `[1, T, N]` of bucket ids in `[0, num_buckets)`.
 
+    Raises:
+        ValueError: `length`, `num_heads` or `num_buckets` is below 0, 1 and 1.
+        TypeError: One of them is no static integer.
+
     Examples:
         >>> import jax, scfa_jax
         >>> hashes = scfa_jax.permutation_hash(jax.random.key(0), length=64, num_heads=2, num_buckets=8)
         >>> hashes.shape, [int((hashes[0, :, 0] == bucket).sum()) for bucket in range(8)]
         ((1, 64, 2), [8, 8, 8, 8, 8, 8, 8, 8])
     """
+    for name, number, least in (("length", length, 0), ("num_heads", num_heads, 1), ("num_buckets", num_buckets, 1)):
+        _checks.static_int(name, number, least)
     first = start // num_buckets
     blocks = first + jnp.arange(-(-length // num_buckets) + 1)
 

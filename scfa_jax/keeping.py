@@ -23,6 +23,10 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
     Returns:
         bool `[B, T, K]`. No gradient flows through it.
 
+    Raises:
+        TypeError: `scores` are no floating point numbers, or the segment ids not int32.
+        ValueError: `scores` or `segment_ids` have other shapes, or a static `fraction` is outside `(0, 1]`.
+
     Examples:
         >>> import jax, jax.numpy as jnp, scfa_jax
         >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
@@ -31,6 +35,7 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
         >>> scfa_jax.qk_sparse_attention(query, key, value, everything, keep).shape
         (1, 64, 2, 16)
     """
+    _check(scores, fraction, segment_ids)
     scores = jax.lax.stop_gradient(scores).swapaxes(1, 2)  # [B, K, T]
     places = jnp.arange(scores.shape[2], dtype=jnp.int32)
     if segment_ids is None:
@@ -45,6 +50,25 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
     first = jax.lax.cummax(jnp.where(begins, places, 0), axis=2)
     keep = _smaller_before(order) < fraction * (places - first + 1)
     return jnp.take_along_axis(keep, jnp.argsort(line, axis=2), axis=2).swapaxes(1, 2)
+
+
+def _check(scores: jax.Array, fraction: jax.Array | float, segment_ids: jax.Array | None) -> None:
+    if scores.ndim != 3:
+        raise ValueError(f"scores must be [B, T, K], got shape {scores.shape}.")
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"scores must be floating point numbers, got {scores.dtype}.")
+    if not isinstance(fraction, jax.Array) and not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}.")
+    if segment_ids is None:
+        return
+    if segment_ids.dtype != jnp.int32:
+        raise TypeError(f"segment_ids must be int32, got {segment_ids.dtype}.")
+    if (
+        segment_ids.ndim != 2
+        or segment_ids.shape[0] not in (1, scores.shape[0])
+        or segment_ids.shape[1] != scores.shape[1]
+    ):
+        raise ValueError(f"segment_ids must be [1 or {scores.shape[0]}, {scores.shape[1]}], got {segment_ids.shape}.")
 
 
 def _smaller_before(order: jax.Array) -> jax.Array:

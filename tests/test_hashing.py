@@ -4,6 +4,7 @@ import checked
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import scfa_jax
 
@@ -107,3 +108,8 @@ def test_permuted_buckets_are_balanced_in_every_prefix_and_the_same_in_every_par
     for start in (0, 3, 8, 16):
         np.testing.assert_array_equal(part(start), ids[:, start : start + 7])
     assert not np.array_equal(ids, scfa_jax.permutation_hash(jax.random.key(1), 23, 3, 4))
+
+
+def test_a_permutation_of_too_few_buckets_raises():
+    with pytest.raises(ValueError, match=r"num_buckets must be .*got 0"):
+        scfa_jax.permutation_hash(jax.random.key(0), length=4, num_heads=2, num_buckets=0)

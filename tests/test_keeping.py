@@ -62,3 +62,18 @@ def test_no_gradient_flows_and_a_new_fraction_compiles_nothing(scores):
     for fraction in (0.2, 0.5):
         np.testing.assert_array_equal(gradient(scores, fraction), dense(scores, fraction).astype(jnp.float32))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"scores": jnp.ones((4, 2))}, ValueError, r"scores must be \[B, T, K\], got shape \(4, 2\)"),
+        ({"scores": jnp.ones((1, 4, 2), int)}, TypeError, "scores must be floating point numbers, got int32"),
+        ({"fraction": 0.0}, ValueError, "fraction must be above 0 and at most 1, got 0.0"),
+        ({"segment_ids": jnp.ones((1, 4))}, TypeError, "segment_ids must be int32, got float32"),
+        ({"segment_ids": jnp.ones((1, 5), jnp.int32)}, ValueError, r"segment_ids must be \[1 or 1, 4\], got \(1, 5\)"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        keep_top(**{"scores": jnp.ones((1, 4, 2)), "fraction": 0.5, **call})

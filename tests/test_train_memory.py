@@ -49,7 +49,7 @@ def test_training_that_runs_out_keeps_its_checkpoints_and_can_be_continued(
 
 
 def test_a_model_that_does_not_fit_at_all(start, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.run, "init", exhausted)
+    monkeypatch.setattr(train.run, "init_on", exhausted)
     assert start(attention="dense", out=tmp_path / "run") == 2
     assert "checkpoint" not in one_error_line(capsys)
 

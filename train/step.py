@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from models import ModelConfig, Transformer
+from models.sharding import BATCH, cut
 from scfa_jax.kmeans import update_centroids
 from train.config import OptimizerConfig
 from train.data import Batch
@@ -102,7 +103,7 @@ def train_step(
         params, centroids = variables
         transformer = model.merge(params, _with(state.fixed, centroids))
         tokens, targets, segment_ids = inputs_and_targets(batch)
-        features = transformer.features(tokens, draws=draws, segment_ids=segment_ids)
+        features = _for_loss(transformer.features(tokens, draws=draws, segment_ids=segment_ids))
         return cross_entropy(features, _table(transformer), targets, jnp.full(targets.shape, 1 / (batch_size * length)))
 
     variables = state.params, _centroids(state.fixed)
@@ -120,7 +121,7 @@ def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch, weigh
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
     transformer = model.merge(params, fixed)
     tokens, targets, segment_ids = inputs_and_targets(batch)
-    features = transformer.features(tokens, segment_ids=segment_ids)
+    features = _for_loss(transformer.features(tokens, segment_ids=segment_ids))
     return cross_entropy(features, _table(transformer), targets, jnp.broadcast_to(weights[:, None], targets.shape))
 
 
@@ -142,13 +143,18 @@ def _accumulated(
     def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if getattr(path[-1], "key", None) in ONE_FOR_ALL:
             return jnp.broadcast_to(x, (parts, *x.shape))
-        return x.reshape(parts, batch_size // parts, *x.shape[1:])
+        return cut(x.reshape(parts, batch_size // parts, *x.shape[1:]), None, BATCH)
 
     def add(sums: tuple[jax.Array, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, jax.tree.map_with_path(split, whole))[0]
+
+
+def _for_loss(features: jax.Array) -> jax.Array:
+    """Features `[B, T, width]` cut over all devices of a mesh: each scores its own tokens by the whole vocabulary."""
+    return cut(features, BATCH, "model")
 
 
 def _centroids(fixed: Any) -> Any:

@@ -87,7 +87,8 @@ def operator(case: Case) -> Attend:
     if case.pattern == "keep":
         return functools.partial(_plain, scfa_jax.qk_sparse_attention, **chosen)
     if case.pattern == "window":
-        return functools.partial(_plain, scfa_jax.range_attention, **chosen)
+        attend = functools.partial(_plain, scfa_jax.causal_attention, **chosen)
+        return lambda query, key, value, window: attend(query, key, value, window=window)
     return functools.partial(_plain, scfa_jax.causal_attention, **chosen)
 
 
@@ -99,7 +100,7 @@ def index(case: Case) -> Callable[..., scfa_jax.SparseIndex]:
     if case.pattern == "keep":
         return scfa_jax.keep_index
     if case.pattern == "window":
-        return lambda start, stop: scfa_jax.range_index(start, stop, case.length)
+        return lambda window: scfa_jax.causal_index(case.length, case.length, window=window)
     return lambda: scfa_jax.causal_index(case.length, case.length)
 
 

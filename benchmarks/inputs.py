@@ -102,7 +102,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
         pattern = PatternData(np.where(query_keep, 0, 1), np.where(key_keep, 0, 2), low, position)
     elif case.pattern == "window":
         low = position - np.int32(case.parameter) + 1
-        extra = (np.maximum(low, 0)[None, :, None], (position + 1)[None, :, None])
+        extra = (np.array([case.parameter], np.int32),)
         pattern = PatternData(zeros, zeros, low, position)
     return Inputs(query, key, value, cotangent, tuple(jnp.asarray(x) for x in extra), pattern)
 

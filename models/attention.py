@@ -21,8 +21,12 @@ from scfa_jax.sparsity import (
     Drop,
     Fixed,
     Hash,
+    KeepTop,
+    KMeansHash,
     Layout,
+    LearnedHash,
     Longformer,
+    PermutationHash,
     SparseK,
     Sparsity,
     StaticPattern,
@@ -31,6 +35,8 @@ from scfa_jax.sparsity import (
     normalize,
 )
 
+# Kinds of hash layers by the names that `ModelConfig.hash` has for them.
+HASHES = {"random": Hash, "learned": LearnedHash, "kmeans": KMeansHash, "permutation": PermutationHash}
 # What one layer's attention hashes or drops by: keywords of its call, none in a dense layer.
 Draw: TypeAlias = dict[str, jax.Array]
 
@@ -57,8 +63,9 @@ def make_attention(
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (CausalSelfAttention, Hash(buckets, config.exclude_self, before_rotary)),
+        "hash": (CausalSelfAttention, HASHES[config.hash](buckets, config.exclude_self, before_rotary)),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "sparsek": (CausalSelfAttention, sparsek),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
@@ -209,7 +216,7 @@ class ReformerSelfAttention(CausalSelfAttention):
 
 
 def drop_rate(config: ModelConfig, step: jax.Array | int | None) -> jax.Array | float:
-    """The share of queries and of keys that a qk layer drops at a training step.
+    """The share of queries and of keys that a qk layer drops at a training step, and of keys that a topk layer does.
 
     Args:
         config: The model.

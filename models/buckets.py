@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from models.attention import Draw
 from models.transformer import Transformer
-from scfa_jax import lsh_hash
+from scfa_jax.nnx import CausalSelfAttention
+from scfa_jax.sparsity import operands
 
 
 class Buckets(NamedTuple):
@@ -33,14 +34,13 @@ def hash_layers(model: Transformer, tokens: jax.Array, *, segment_ids: jax.Array
     x, draws, found = model.embed(tokens), model.draw(batch, length, None), []
     for kind, block, draw in zip(model.config.layer_kinds(), model.blocks, draws, strict=True):
         if kind == "hash":
-            attention, normed = block.attention, block.norm1(x)
-
-            def ids(x: jax.Array, attention=attention, rotations=draw["rotations"]) -> jax.Array:
-                if attention.rotary is not None and not attention.sparsity.before_rotary:
-                    x = attention.rotary(x, jnp.arange(x.shape[1])[None])
-                return lsh_hash(x, rotations)
-
-            shared = attention.layout.share_query_key
-            found.append(Buckets(ids(attention.query(normed)), None if shared else ids(attention.key(normed))))
+            found.append(_buckets(block.attention, block.norm1(x), draw))
         x = block(x, draw, segment_ids)
     return found
+
+
+def _buckets(attention: CausalSelfAttention, x: jax.Array, draw: Draw) -> Buckets:
+    key = None if attention.layout.share_query_key else attention.key(x)
+    options: dict[str, Any] = {"tokens": x, "rotary": attention.rotary, **draw, **attention.own_parameters()}
+    made = operands(attention.query(x), key, attention.value(x), attention.sparsity, **options)
+    return Buckets(made.query_marks["hash"], None if made.key_marks is None else made.key_marks["hash"])

@@ -10,7 +10,7 @@ import jax
 import tyro
 
 STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "sparsek", "reformer", "identity", *STATIC_KINDS)
+ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "topk", "sparsek", "reformer", "identity", *STATIC_KINDS)
 Remat = Literal["none", "full", "save_attention"]
 # Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
 WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
@@ -30,9 +30,10 @@ class ModelConfig:
     the pixels of MNIST, or the paper's for GPT-2's vocabulary."""
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
-    keys), reformer (buckets cut into chunks), sparsek (a window, and keys that a learned score selects), window,
-    longformer, bigbird, strided or fixed (by position alone, see docs/patterns.md) or identity (none: the bound on
-    speed). One kind for all, or several separated by commas, repeated over the layers: dense,hash."""
+    keys), topk (the keys with the best scores), reformer (buckets cut into chunks), sparsek (a window, and keys that a
+    learned score selects), window, longformer, bigbird, strided or fixed (by position alone, see docs/patterns.md) or
+    identity (none: the bound on speed). One kind for all, or several separated by commas, repeated over the layers:
+    dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -49,6 +50,11 @@ class ModelConfig:
     """Whether the keys of each head have unit length; None: in hash and reformer layers alone."""
     num_buckets: int = 4
     """Hash buckets of a hash or reformer layer: even."""
+    hash: Literal["random", "learned", "kmeans", "permutation"] = "random"
+    """What a hash layer hashes by: rotations drawn in each step, rotations that are learned, the nearest of centroids
+    that follow the data, or positions drawn in each step, whatever stands there (a control)."""
+    centroid_decay: float = 0.999
+    """Share of the moving average of a centroid that stays in a step, with --hash kmeans."""
     exclude_self: bool = True
     """Whether a token of a hash layer may not attend to itself."""
     hash_before_rotary: bool = False
@@ -58,9 +64,11 @@ class ModelConfig:
     chunk_size: int | None = None
     """Tokens in a chunk of a reformer layer; None: twice as many as are in a bucket on average."""
     drop_rate: float = 0.3
-    """Share of queries and of keys that a qk layer drops while training."""
+    """Share of queries and of keys that a qk layer drops while training, and of keys that a topk layer always drops."""
     drop_warmup: int = 0
-    """Steps in which the share of dropped queries and keys grows from 0 to --drop-rate."""
+    """Training steps in which the share of what is dropped grows from 0 to --drop-rate."""
+    keep_score: Literal["norm", "learned"] = "norm"
+    """What a topk layer keeps keys by: their length, or a learned score."""
     window: int = 64
     """Positions up to its own that a token of a window, longformer or bigbird layer sees."""
     window_rules: Annotated[WindowRules | None, tyro.conf.Suppress] = None
@@ -111,6 +119,8 @@ class ModelConfig:
             return f"--attention takes {', '.join(ATTENTION_KINDS)} or a list of them, got {unknown[0]!r}."
         if self.remat not in get_args(Remat):
             return f"--remat takes {', '.join(get_args(Remat))}, got {self.remat!r}."
+        if not 0 <= self.centroid_decay < 1:
+            return f"--centroid-decay must be at least 0 and below 1, got {self.centroid_decay}."
         if self.width % self.heads:
             return f"--heads must divide --width, got {self.heads} heads for a width of {self.width}."
         if self.positions == "rotary" and self.width // self.heads % 2:

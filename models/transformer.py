@@ -11,7 +11,9 @@ from flax import nnx
 
 from models.attention import Draw, draw_kept, drop_rate, make_attention
 from models.config import ModelConfig
+from models.sharding import BATCH, cut
 from scfa_jax.remat import save_attention
+from scfa_jax.sparsity import kind_of
 
 # What each way to compute blocks again keeps of them.
 POLICIES = {"full": None, "save_attention": save_attention}
@@ -104,6 +106,10 @@ class Transformer(nnx.Module):
             own = None if key is None else jax.random.fold_in(key, layer)
             if kind == "qk" and own is not None:
                 draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
+            elif kind == "topk" and own is not None:
+                draws.append({"fraction": jnp.asarray(1 - drop_rate(self.config, step), jnp.float32)})
+            elif own is not None and not kind_of(block.attention.sparsity).draws(deterministic=False):
+                draws.append({})  # the layer takes what it keeps, where a step can differentiate by it
             else:
                 draws.append(block.attention.draw(batch, length, deterministic=own is None, rngs=own))
         return draws
@@ -151,7 +157,7 @@ class Transformer(nnx.Module):
             if decode:  # writes to the block's cache, and has no backward pass
                 x = block(x, draw, segment_ids, decode=True)
             else:
-                x = _call(block, self.config.remat, x, draw, segment_ids)
+                x = cut(_call(block, self.config.remat, x, draw, segment_ids), BATCH)
         if decode:
             self.cache_index[...] += length
         return self.norm(x)
@@ -162,11 +168,13 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: The sequence is longer than the learned positions.
         """
-        x = self.embedding(tokens.astype(jnp.int32))
+        # Whole where it is looked up, on every device of a mesh: any token may stand anywhere in it.
+        table = cut(self.embedding.embedding[...].astype(self.embedding.dtype))
+        x = jnp.take(table, cut(tokens.astype(jnp.int32), BATCH), axis=0)
         if self.position is None:
-            return x
+            return cut(x, BATCH)
         self._check_length(tokens.shape[1])
-        return x + self.position(start + jnp.arange(tokens.shape[1]))
+        return cut(x + cut(self.position(start + jnp.arange(tokens.shape[1]))), BATCH)
 
     def logits(self, features: jax.Array) -> jax.Array:
         """Scores every token by its embedding: `[..., width]` to float32 `[..., vocab_size]`."""

@@ -9,13 +9,17 @@ from scfa_jax.attention import hash_sparse_attention as hash_sparse_attention
 from scfa_jax.attention import qk_sparse_attention as qk_sparse_attention
 from scfa_jax.attention import range_attention as range_attention
 from scfa_jax.attention import sparse_attention as sparse_attention
+from scfa_jax.hashing import learned_hash as learned_hash
 from scfa_jax.hashing import lsh_hash as lsh_hash
+from scfa_jax.hashing import permutation_hash as permutation_hash
 from scfa_jax.hashing import random_rotations as random_rotations
 from scfa_jax.index import SparseIndex as SparseIndex
 from scfa_jax.index import causal_index as causal_index
 from scfa_jax.index import hash_index as hash_index
 from scfa_jax.index import keep_index as keep_index
 from scfa_jax.index import range_index as range_index
+from scfa_jax.keeping import keep_top as keep_top
+from scfa_jax.kmeans import kmeans_hash as kmeans_hash
 from scfa_jax.merge import merge_attention as merge_attention
 from scfa_jax.patterns import union_attention as union_attention
 from scfa_jax.patterns import window_attention as window_attention

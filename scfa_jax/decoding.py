@@ -98,9 +98,7 @@ def attend_cached(
             f"x must have the batch size of the cache, {cached_batch}, and at most its {max_length} tokens, "
             f"got {batch} and {length}."
         )
-    if options.get("rotary") is not None and positions is None:
-        positions = start + jnp.arange(length, dtype=jnp.int32)[None]
-    new = operands(query, key, value, sparsity, positions=positions, **options)
+    new = operands(query, key, value, sparsity, positions=positions, start=start, **options)
     if cache["cached_key"].dtype != new.key.dtype:
         raise TypeError(
             f"The cache must have the dtype of the computation, {new.key.dtype}, got {cache['cached_key'].dtype}."

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scfa_jax import _checks
+
 
 def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
     """Draws random directions for angular locality-sensitive hashing, one set a head.
@@ -61,16 +63,100 @@ def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
         >>> hashes.shape, bool((hashes == scfa_jax.lsh_hash(2 * x, rotations)).all())
         ((1, 64, 2), True)
     """
-    if rotations.ndim != 3 or x.ndim < 3 or x.shape[-2:] != rotations.shape[:2]:
-        raise ValueError(
-            f"rotations must be [N, H, num_buckets // 2] with the N and H of x [..., T, N, H], "
-            f"got rotations {rotations.shape} and x {x.shape}."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must hold floats, got {x.dtype}.")
-    x, rotations = jax.lax.stop_gradient((x.astype(jnp.float32), rotations.astype(jnp.float32)))
-    projected = jnp.einsum("...tnh,nhr->...tnr", x, rotations, precision=jax.lax.Precision.HIGHEST)
+    x, rotations = jax.lax.stop_gradient((x, rotations))
+    projected = _projected(x, rotations)
     return jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
+
+
+def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hashes keys as `lsh_hash` does, with a gate through which the rotations can be learned.
+
+    The bucket of a key is the argmax of its projections, which has no gradient. Their softmax has one. So let the gate
+    multiply the key's value: it is exactly 1, and its gradient is that of the logarithm of the chosen bucket's
+    probability, less the mean over the keys in that bucket. A key whose value lowers the loss more than its neighbours'
+    becomes surer of its bucket, another one moves to the border. The router of a Switch Transformer (Fedus et al.
+    2021) learns by such a gate without the mean, and needs a loss for balance, since a bucket that helps at all then
+    grows; here what a bucket gains in all is 0.
+
+    Projections are those of unit vectors on unit directions, times `sqrt(H)`: of size 1 for random ones.
+
+    Args:
+        x: float `[B, T, N, H]`.
+        rotations: float `[N, H, num_buckets // 2]`; the length of its columns does not matter.
+
+    Returns:
+        The ids of `lsh_hash`, and float32 `[B, T, N]` of ones, the gate. No gradient flows to `x`: through the mean one
+        token's would reach others.
+
+    Raises:
+        ValueError: As in `lsh_hash`.
+        TypeError: As in `lsh_hash`.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> rotations = scfa_jax.random_rotations(jax.random.key(0), num_heads=2, head_dim=16, num_buckets=8)
+        >>> x = value = jax.random.normal(jax.random.key(1), (1, 64, 2, 16))
+        >>> def loss(rotations):
+        ...     hashes, gate = scfa_jax.learned_hash(x, rotations)
+        ...     output = scfa_jax.hash_sparse_attention(x, x, value * gate[..., None], hashes, num_buckets=8)
+        ...     return (output**2).sum()
+        >>> bool((jax.grad(loss)(rotations) != 0).all())
+        True
+    """
+    x = jax.lax.stop_gradient(x)
+    directions = rotations / jnp.linalg.norm(rotations, axis=1, keepdims=True)
+    ids, projected = lsh_hash(x, directions), _projected(x, directions)
+    length = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
+    logits = x.shape[-1] ** 0.5 * projected / jnp.maximum(length, 1e-6)
+    log_probability = jax.nn.log_softmax(jnp.concatenate([logits, -logits], axis=-1))
+    member = (ids[..., None] == jnp.arange(log_probability.shape[-1])).astype(jnp.float32)  # [B, T, N, num_buckets]
+    chosen = jnp.sum(member * log_probability, axis=-1)
+    mean = jnp.einsum("btnm,btn->bnm", member, chosen) / jnp.maximum(member.sum(axis=1), 1)
+    gain = chosen - jnp.einsum("btnm,bnm->btn", member, mean)
+    return ids, jnp.exp(gain - jax.lax.stop_gradient(gain))
+
+
+def permutation_hash(
+    key: jax.Array, length: int, num_heads: int, num_buckets: int, *, start: jax.Array | int = 0
+) -> jax.Array:
+    """Assigns positions to buckets at random, in equal numbers: a control that ignores what tokens are.
+
+    Every `num_buckets` positions in a row, counted from 0, are spread over all buckets by a random permutation of their
+    own, one a head. So buckets are balanced in every prefix, and a position has the same bucket however long
+    the sequence is and whatever part of it is asked for.
+
+    Args:
+        key: A JAX random key; the same key gives the same buckets.
+        length: Number of positions, `T`.
+        num_heads: `N`.
+        num_buckets: Number of buckets, at least 1.
+        start: The first position, an int or int32 `[]`.
+
+    Returns:
+        int32 `[1, T, N]` of bucket ids in `[0, num_buckets)`.
+
+    Raises:
+        ValueError: `length`, `num_heads` or `num_buckets` is below 0, 1 and 1.
+        TypeError: One of them is no static integer.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> hashes = scfa_jax.permutation_hash(jax.random.key(0), length=64, num_heads=2, num_buckets=8)
+        >>> hashes.shape, [int((hashes[0, :, 0] == bucket).sum()) for bucket in range(8)]
+        ((1, 64, 2), [8, 8, 8, 8, 8, 8, 8, 8])
+    """
+    for name, number, least in (("length", length, 0), ("num_heads", num_heads, 1), ("num_buckets", num_buckets, 1)):
+        _checks.static_int(name, number, least)
+    first = start // num_buckets
+    blocks = first + jnp.arange(-(-length // num_buckets) + 1)
+
+    def one_block(block: jax.Array) -> jax.Array:
+        """`[num_buckets, N]`: every column a permutation."""
+        order = jnp.broadcast_to(jnp.arange(num_buckets, dtype=jnp.int32)[:, None], (num_buckets, num_heads))
+        return jax.random.permutation(jax.random.fold_in(key, block), order, axis=0, independent=True)
+
+    ids = jax.vmap(one_block)(blocks).reshape(-1, num_heads)
+    return jax.lax.dynamic_slice_in_dim(ids, start - first * num_buckets, length)[None]
 
 
 def check_num_buckets(num_buckets: int) -> None:
@@ -87,3 +173,32 @@ def check_num_buckets(num_buckets: int) -> None:
         raise TypeError(f"num_buckets must be a static int, got {num_buckets!r}.")
     if num_buckets < 2 or num_buckets % 2:
         raise ValueError(f"num_buckets must be an even number of at least 2, got {num_buckets}.")
+
+
+def check_hashed(x: jax.Array, name: str, by: jax.Array, layout: str) -> None:
+    """Checks vectors to hash against what they are hashed by.
+
+    Args:
+        x: What was given as `x`.
+        name: Of what they are hashed by.
+        by: That.
+        layout: How its axes are called.
+
+    Raises:
+        ValueError: The number of heads or their width differ.
+        TypeError: `x` does not hold floats.
+    """
+    width = layout.split(", ").index("H")
+    if by.ndim != 3 or x.ndim < 3 or x.shape[-2:] != (by.shape[0], by.shape[width]):
+        raise ValueError(
+            f"{name} must be [{layout}] with the N and H of x [..., T, N, H], got {name} {by.shape} and x {x.shape}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must hold floats, got {x.dtype}.")
+
+
+def _projected(x: jax.Array, rotations: jax.Array) -> jax.Array:
+    """float32 `[..., T, N, num_buckets // 2]`, at the highest precision."""
+    check_hashed(x, "rotations", rotations, "N, H, num_buckets // 2")
+    x, rotations = x.astype(jnp.float32), rotations.astype(jnp.float32)
+    return jnp.einsum("...tnh,nhr->...tnr", x, rotations, precision=jax.lax.Precision.HIGHEST)

@@ -440,6 +440,7 @@ def _index(
         return SparseIndex(key_place, key_code, query_place, low, high)
     is_key = (iota_like(key_code) if key_place is None else key_place) < line.num_keys
     is_query = (iota_like(high) if query_place is None else query_place) < line.num_queries
+    is_query |= jnp.zeros_like(high, bool)  # sharded as `high` is: `where` asks for that on explicit axes
     last_high = jnp.max(jnp.where(is_query, high, -1), axis=-1, keepdims=True, initial=-1)
     return SparseIndex(
         key_order=segments.at_places(line.key_order, key_place),

@@ -20,7 +20,11 @@ from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
+from scfa_jax.sparsity import KeepTop as KeepTop
+from scfa_jax.sparsity import KMeansHash as KMeansHash
+from scfa_jax.sparsity import LearnedHash as LearnedHash
 from scfa_jax.sparsity import Longformer as Longformer
+from scfa_jax.sparsity import PermutationHash as PermutationHash
 from scfa_jax.sparsity import SparseK as SparseK
 from scfa_jax.sparsity import Strided as Strided
 from scfa_jax.sparsity import Window as Window
@@ -156,9 +160,10 @@ class CausalSelfAttention(nn.Module):
             flax.errors.InvalidRngError: A new draw is needed and there is no stream "sparsity".
         """
         kind = kind_of(self.sparsity)
-        if not (kind.draws(deterministic=False) or kind.draws(deterministic=True)):
-            return {}
-        if kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic)):
+        draws = kind.draws(deterministic=False)
+        if draws != kind.draws(deterministic=True):
+            draws = kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic))
+        if draws:
             return self._new_draw(batch_size, length)
         for name in kind.kept_draw:
             if not self.has_variable(COLLECTION, name):

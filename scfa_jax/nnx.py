@@ -19,7 +19,11 @@ from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
+from scfa_jax.sparsity import KeepTop as KeepTop
+from scfa_jax.sparsity import KMeansHash as KMeansHash
+from scfa_jax.sparsity import LearnedHash as LearnedHash
 from scfa_jax.sparsity import Longformer as Longformer
+from scfa_jax.sparsity import PermutationHash as PermutationHash
 from scfa_jax.sparsity import SparseK as SparseK
 from scfa_jax.sparsity import Strided as Strided
 from scfa_jax.sparsity import Window as Window
@@ -232,7 +236,7 @@ class CausalSelfAttention(nnx.Module):
             "implementation": self.implementation,
             "tokens": x,
             **draw,
-            **self._own_parameters(),
+            **self.own_parameters(),
         }
 
         query, value = self.query(x), self.value(x)
@@ -243,6 +247,14 @@ class CausalSelfAttention(nnx.Module):
         for name, x in cache.items():
             getattr(self, name)[...] = x
         return self.out(output)
+
+    def own_parameters(self) -> dict[str, jax.Array]:
+        """Tells the parameters of the kind of sparsity.
+
+        Returns:
+            By the names of `Sparsity.parameters`; none in most kinds.
+        """
+        return {name: getattr(self, name)[...] for name in kind_of(self.sparsity).parameters(self.layout)}
 
     def set_view(self, deterministic: bool | None = None, decode: bool | None = None):
         """Class method used by `nnx.view`.
@@ -258,9 +270,6 @@ class CausalSelfAttention(nnx.Module):
         if not self._cache_names:
             raise ValueError("There is no cache to decode with: call init_cache((B, max_length, E)) first.")
         return {name: getattr(self, name)[...] for name in self._cache_names}
-
-    def _own_parameters(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in kind_of(self.sparsity).parameters(self.layout)}
 
     def _new_draw(
         self, batch_size: int, length: int, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 WHOLE = "."  # an axis that each device must have all of
@@ -109,6 +109,7 @@ def _mappable(function: Callable, in_axes: list[str], out_axes: list[str]) -> Ca
 
 def _split(function: Callable, in_axes: list[str], out_axes: list[str], arrays: Sequence[jax.Array]):
     mesh, explicit = _mesh(arrays)
+    rest = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
     arrays = aligned(arrays, in_axes)
     if explicit:
         shards = _shards_by_type(in_axes, arrays, mesh)
@@ -120,17 +121,28 @@ def _split(function: Callable, in_axes: list[str], out_axes: list[str], arrays: 
             axis_names=explicit,
             check_vma=False,  # what is inside has no types for it
         )
-    elif not mesh.manual_axes:  # where there are, JAX cannot tell how the others are used
-        function = _by_compiler(function, in_axes, out_axes)
+    elif not mesh.manual_axes or max(rest.values(), default=1) > 1:
+        function = _by_compiler(function, in_axes, out_axes, rest)
     varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
     return tuple(_varying(x, varying) for x in function(*arrays))
 
 
-def _by_compiler(function, in_axes, out_axes):
-    """Splits arrays that the compiler shards, as it will say when it partitions the program."""
+def _by_compiler(function, in_axes, out_axes, axis_sizes):
+    """Splits arrays that the compiler shards, as it will say when it partitions the program.
+
+    Inside `jax.shard_map` over some axes of a mesh it shards over the rest, `axis_sizes`, and JAX tells how many parts
+    there are but names no axes: no sums can be made over them there, and what asks for one stays whole.
+    """
 
     def plan(mesh, arguments):
-        shards = _shards(in_axes, arguments, [x.sharding.spec for x in arguments], mesh.shape)
+        if mesh.empty:
+            mesh = AbstractMesh(tuple(axis_sizes.values()), tuple(axis_sizes))
+            specs = [_spec_of_parts(x.shape, x.sharding.shard_shape(x.shape), mesh.shape) for x in arguments]
+            shards = _shards(in_axes, arguments, specs, mesh.shape)
+            summed = [axes for axes in out_axes if axes.endswith(SUMMED)]
+            shards = {letter: names for letter, names in shards.items() if all(letter in axes for axes in summed)}
+        else:
+            shards = _shards(in_axes, arguments, [x.sharding.spec for x in arguments], mesh.shape)
         of = lambda letters: tuple(NamedSharding(mesh, _spec(axes, shards)) for axes in letters)
         return of(in_axes), of(out_axes), shards
 
@@ -147,6 +159,20 @@ def _by_compiler(function, in_axes, out_axes):
     run = custom_partitioning(function)
     run.def_partition(partition, infer_sharding_from_operands=infer_sharding, sharding_rule=rule)
     return run
+
+
+def _spec_of_parts(shape, part_shape, axis_sizes) -> P:
+    """Names mesh axes for a sharding that is known by the shape of its parts; among axes of one size the first."""
+    left, spec = dict(axis_sizes), []
+    for size, part in zip(shape, part_shape, strict=True):
+        parts, names = -(-size // part) if part else 1, []
+        for name, count in list(left.items()):
+            if parts % count == 0 and count > 1:
+                parts //= count
+                names.append(name)
+                del left[name]
+        spec.append(tuple(names))
+    return P(*spec)
 
 
 def _shards_by_type(in_axes, arrays, mesh) -> dict[str, tuple[str, ...]]:

@@ -369,3 +369,22 @@ def _finish(
     else:
         output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype, gates=gates)
     return (output, logsumexp) if return_residual else output
+
+
+def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Keys whose score is among the top fraction of those so far; see `scfa_jax.keep_top`.
+
+    Args:
+        scores: float `[B, T, K]`.
+        fraction: Of the keys to keep, in `(0, 1]`.
+        segment_ids: int32 `[1 or B, T]`, or None for one segment.
+
+    Returns:
+        bool `[B, T, K]`.
+    """
+    length = scores.shape[1]
+    earlier = jnp.tril(jnp.ones((length, length), bool), -1)[None]
+    if segment_ids is not None:
+        earlier &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    greater = (scores[:, None] >= scores[:, :, None]) & earlier[..., None]  # [B, t, earlier key, K]
+    return greater.sum(axis=2) < fraction * (earlier.sum(axis=2) + 1)[..., None]

@@ -27,6 +27,8 @@ FLAX = {
     **{kind.__name__: kind for kind in (sparsity.Window, sparsity.Longformer, sparsity.BigBird)},
     **{kind.__name__: kind for kind in (sparsity.Strided, sparsity.Fixed)},
     "SparseK": sparsity.SparseK,
+    **{kind.__name__: kind for kind in (sparsity.LearnedHash, sparsity.KMeansHash, sparsity.PermutationHash)},
+    "KeepTop": sparsity.KeepTop,
     "causal_attention_fn": attention_fn.causal_attention_fn,
     "hash_attention_fn": attention_fn.hash_attention_fn,
     "qk_attention_fn": attention_fn.qk_attention_fn,

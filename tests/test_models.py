@@ -20,7 +20,7 @@ from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
 
 VOCAB, LENGTH = 40, 24
-HERE = ("dense", "hash", "qk", "reformer", "identity")  # dense-cudnn needs a GPU
+HERE = ("dense", "hash", "qk", "topk", "reformer", "identity")  # dense-cudnn needs a GPU
 
 
 def make(seed: int = 0, **options) -> Transformer:
@@ -117,7 +117,7 @@ def test_kinds_have_the_same_projections_and_treat_keys_alike():
         for layout in [make(attention=kind, layers=1, **options).blocks[0].attention.layout]
     }
     in_buckets, plain = (True, True), (False, False)
-    own = {"dense": plain, "hash": in_buckets, "qk": plain, "reformer": in_buckets, "identity": plain}
+    own = {"dense": plain, "hash": in_buckets, "qk": plain, "topk": plain, "reformer": in_buckets, "identity": plain}
     assert shares() == own
     assert set(shares(share_query_key=True, normalize_key=True).values()) == {in_buckets}
     assert set(shares(share_query_key=True, normalize_key=False).values()) == {(True, False)}

@@ -28,7 +28,6 @@ KINDS = {
     "growing window": Window((4, -7, 1, 2), num_sinks=3, slope=(0.0, 0.5, 0.25, 0.2)),
     "longformer": Longformer(4, 7),
     "big bird": BigBird(4, num_global=3, num_random=2, block=3),
-    "random blocks": BigBird(4, num_global=0, num_random=1, block=3, seed=1),
     "strided": Strided(5),
     "fixed": Fixed(5, 2),
 }
@@ -66,9 +65,8 @@ def rows(seed: int) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32) for shape in shapes)
 
 
-@pytest.mark.parametrize("name", ["growing window", "random blocks"])
-def test_prefill_and_decoding_give_what_one_pass_gives(name):
-    kind = KINDS[name]
+@pytest.mark.parametrize("kind", [KINDS["growing window"], BigBird(4, num_global=0, num_random=1, block=3)])
+def test_prefill_and_decoding_give_what_one_pass_gives(kind):
     whole = jax.jit(functools.partial(attend, sparsity=kind, implementation="xla"))(*rows(0))
     step = jax.jit(functools.partial(attend_cached, sparsity=kind, implementation="xla"))
     cache, outputs, start = empty_cache(LAYOUT, kind, BATCH, LENGTH, jnp.float32), [], 0
@@ -114,7 +112,7 @@ def test_models_take_every_kind():
 def test_later_tokens_change_nothing_and_receive_no_gradient(module):
     x, later = jax.random.normal(jax.random.key(0), (2, 1, LENGTH, 32))
     if module == "nnx":
-        apply = nnx.jit(scfa_jax.nnx.CausalSelfAttention(32, 2, sparsity=Fixed(5, 2), rngs=nnx.Rngs(0)))
+        apply = nnx.jit(scfa_jax.nnx.CausalSelfAttention(32, 2, sparsity=Window((3, 7)), rngs=nnx.Rngs(0)))
     else:
         layer = scfa_jax.linen.CausalSelfAttention(32, 2, sparsity=Window((3, 7)))
         apply = functools.partial(layer.apply, jax.jit(layer.init)(jax.random.key(1), x))

@@ -14,6 +14,7 @@ import tyro
 from train.errors import TrainError
 from train.moa.command import MoaOptions, moa
 from train.options import parse
+from train.processes import leave
 from train.report import ReportOptions, report
 from train.run import run
 from train.sample import SampleOptions, sample_run
@@ -52,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parse(arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return leave(2)
     except KeyboardInterrupt:
         # Training itself stops with a checkpoint; this is before it, after it, or a second Ctrl-C.
         print("interrupted: python -m train --resume continues from the last checkpoint, if any", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return leave(128 + signal.SIGINT)
 
 
 def _without_late_writes(unraisable: Any) -> None:

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from train.errors import TrainError
+from train.processes import is_first
 from train.step import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -65,7 +66,8 @@ class Checkpoints:
             if exception[0] is None:  # else it is told what went wrong first
                 raise self._cannot_write(error) from error
         finally:
-            for partial in self._path.glob("*.orbax-checkpoint-tmp"):  # a whole one has another name
+            # A whole one has another name.
+            for partial in self._path.glob("*.orbax-checkpoint-tmp") if is_first() else ():
                 shutil.rmtree(partial, ignore_errors=True)
 
     @property
@@ -124,18 +126,19 @@ class Checkpoints:
             batches: Moved to where it stood, if given.
 
         Returns:
-            The state, on the devices of `like`.
+            The state, cut over devices as `like` is, whatever it was saved on.
 
         Raises:
             TrainError: The checkpoint is damaged, or of another model or optimizer.
         """
-        data = {} if batches is None else {"data": grain.checkpoint.CheckpointRestore(batches)}
         try:
             self._check_fits(step, like)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), **data)
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            if batches is not None:
+                # Each process wrote a file, and all the same: another number of processes may go on.
+                file = next((self.path(step) / "data").glob("process_*.json"))
+                batches.set_state(json.loads(file.read_text()))
         except TrainError:
             raise
         except Exception as error:  # orbax raises whatever its storage layers do
@@ -179,6 +182,11 @@ class Checkpoints:
             f"A checkpoint in {self._path} cannot be written ({_summary(error)}). "
             f"Make room or mend its folder; --resume continues from the last whole checkpoint."
         )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds a whole checkpoint."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINT_FOLDER).glob("*"))
 
 
 def _held_out_loss(metrics: Any) -> float:

@@ -80,6 +80,14 @@ class RunConfig:
     """Held-out tokens an evaluation reads at most, spread evenly; 0 for all."""
     checkpoint_every: int = 300
     """Steps between two checkpoints; there is also one of the lowest held-out loss, and one at the end."""
+    mesh: str | None = None
+    """Axes of several devices and their sizes, as in data=2,model=2 or fsdp=4. The batch is cut over data and fsdp;
+    heads, the perceptrons' width and the vocabulary over model; parameters and the optimizer's state over fsdp too.
+    Without it: one device."""
+    distributed: str | None = None
+    """Join other processes, for several hosts: HOST:PORT,COUNT,ID with the address of the first process, how many there
+    are, and which this is, from 0 on; or auto, where JAX finds them by itself (Slurm, Open MPI). All processes get the
+    same options but for ID, with a --mesh of all devices and an --out that all can write to."""
     deterministic: bool = False
     """Have XLA compute the same bits in every run, on a GPU too, where this costs time; a CPU does anyway."""
     prompt: str | None = None

@@ -52,6 +52,7 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
         "hash": causal / config.num_buckets,
         "reformer": causal / config.num_buckets,
         "qk": (1 - config.drop_rate) ** 2 * causal,
+        "topk": (1 - config.drop_rate) * causal,
         "sparsek": _sparsek_pairs(config, length),
         "identity": 0.0,
     }

@@ -18,6 +18,7 @@ from models import ModelConfig
 from train.config import Config, DataConfig, OptimizerConfig, RunConfig
 from train.data import Corpus
 from train.errors import TrainError
+from train.processes import first_does
 
 CONFIG_FILE = "config.json"
 RUNS_FOLDER = Path("runs")
@@ -25,7 +26,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def open_folder(config: Config, corpus: Corpus) -> Path:
-    """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text."""
+    """Makes the run's folder with its `config.json`, or checks that the one to resume read the same text.
+
+    Of several processes the first makes it, and the others find the name in `--out`.
+    """
     if config.run.resume:
         folder = Path(config.run.out or "")
         facts = load_facts(folder)
@@ -35,11 +39,13 @@ def open_folder(config: Config, corpus: Corpus) -> Path:
                 f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
                 f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
             )
-        changed = _changed(facts, facts_of(corpus))
+        changed = _changed(facts, facts_of(corpus), config)
         if changed:
             print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
         return folder
-    return _make_folder(config, corpus)
+    made: list[Path] = []
+    first_does(lambda: made.append(_make_folder(config, corpus)))
+    return made[0] if made else expanded("out", config.run.out or "")
 
 
 def _make_folder(config: Config, corpus: Corpus) -> Path:
@@ -86,14 +92,15 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Versions and devices that differ, for people; empty if none does."""
+def _changed(old: dict[str, Any], new: dict[str, Any], config: Config) -> str:
+    """Versions, devices and the mesh, where they differ, for people; empty if none does."""
     sections = {"versions": (*PACKAGES,), "device": ("kind", "cpu_cores")}
     pairs = [
         (name, old.get(section, {}).get(name), new[section][name])
         for section, names in sections.items()
         for name in names
     ]
+    pairs.append(("mesh", old["config"]["run"].get("mesh"), config.run.mesh))
     return ", ".join(f"{name} was {before}, is {now}" for name, before, now in pairs if before != now)
 
 
@@ -137,6 +144,7 @@ def load_config(folder: Path) -> Config:
     try:
         model = sections["model"]
         of_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
+        of_session["distributed"] = None
         run = {**sections["run"], **of_session}
         return Config(
             model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),

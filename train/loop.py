@@ -13,16 +13,21 @@ import grain
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
 from train.buckets import bucket_sizes, bucket_step
 from train.checkpoint import Checkpoints
 from train.config import Config, DataConfig
 from train.data import Batch, Corpus, held_out_batches
 from train.errors import TrainError
+from train.mesh import lower, lower_step, make_mesh, on_all, over_batch, place, place_rows
 from train.metrics import Metrics, Units
-from train.progress import NotFiniteError, Progress
-from train.step import LanguageModel, Measured, TrainState, eval_step, train_step
+from train.processes import Agreement
+from train.progress import LAG, NotFiniteError, Progress
+from train.step import LanguageModel, Measured, TrainState, eval_step
 from train.stop import StopRequest
+
+TIME_IS_UP = 1  # no signal that is caught has this number
 
 
 class Compiled(NamedTuple):
@@ -35,21 +40,40 @@ class Compiled(NamedTuple):
 
 def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: TrainState) -> Compiled:
     """Compiles the steps for a configuration; the training step donates the state it is given."""
-    part, weights = _shapes(next(held_out_batches(corpus, _evaluated(config), max_tokens=1)))
-    batch = jax.tree.map(lambda x: x.update(shape=(config.data.batch_size, *x.shape[1:])), part)
+    mesh, batch_size = make_mesh(config.run.mesh), config.data.batch_size
+    cut = None if mesh is None else over_batch(mesh)
+    part, weights = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+        next(held_out_batches(corpus, _evaluated(config), max_tokens=1)),
+    )
+    batch = jax.tree.map(lambda x: x.update(shape=(batch_size, *x.shape[1:])), part)
     # Per compilation, not in XLA_FLAGS: those are read once, and hold for all that the process computes.
     options: dict[str, str | bool] | None = {"xla_gpu_deterministic_ops": True} if config.run.deterministic else None
 
-    def compiled(function: Callable[..., Any], *arguments: Any, **jit: Any) -> Any:
-        return jax.jit(function, **jit).lower(*arguments).compile(compiler_options=options)
-
+    outputs = None if mesh is None else on_all(mesh)
+    evaluation = lower(
+        mesh, functools.partial(eval_step, model), state.params, state.fixed, part, weights, out_shardings=outputs
+    )
     buckets = None
     if "hash" in config.model.layer_kinds():
-        buckets = compiled(functools.partial(bucket_step, model), state.params, state.fixed, part)
-    return Compiled(
-        compiled(functools.partial(train_step, model, config.optimizer), state, batch, donate_argnums=0),
-        compiled(functools.partial(eval_step, model), state.params, state.fixed, part, weights),
+        measured = functools.partial(bucket_step, model)
+        lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
+        buckets = lowered.compile(compiler_options=options)
+    steps = Compiled(
+        lower_step(mesh, model, config.optimizer, state, batch).compile(compiler_options=options),
+        evaluation.compile(compiler_options=options),
         buckets,
+    )
+    return steps if mesh is None else _placing(mesh, steps, batch_size)
+
+
+def _placing(mesh: Mesh, steps: Compiled, batch_size: int) -> Compiled:
+    """Steps that take what a process has read: its rows of a training batch, or all of an evaluation's."""
+    train_step, eval_step, bucket_step = steps
+    return Compiled(
+        lambda state, batch: train_step(state, place_rows(mesh, batch, batch_size)),
+        lambda params, fixed, *batch: eval_step(params, fixed, *place(mesh, batch)),
+        bucket_step and (lambda params, fixed, batch: bucket_step(params, fixed, place(mesh, batch))),
     )
 
 
@@ -90,7 +114,7 @@ def train(
     Raises:
         TrainError: A loss or a gradient is not finite any more, or something cannot be written.
     """
-    run, units = config.run, Units(corpus)
+    run, units, agree = config.run, Units(corpus), Agreement(LAG)
     step, stop = int(state.step), min(config.optimizer.steps, run.stop_at or config.optimizer.steps)
     seconds = math.inf if run.seconds is None else run.seconds
     tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -105,6 +129,10 @@ def train(
         tqdm.tqdm.write(f"step {step}: held-out {bits}, {record['seconds']:.0f} s")
         return loss
 
+    def wish() -> int:
+        """Why to stop: a signal's number, above `TIME_IS_UP`; 0 to go on."""
+        return stop_request.signal or (TIME_IS_UP if metrics.clock.seconds >= seconds else 0)
+
     try:
         with (
             StopRequest() as stop_request,
@@ -113,7 +141,7 @@ def train(
             if step == 0:
                 evaluated()
             progress.start()
-            while step < stop and stop_request.signal is None and metrics.clock.seconds < seconds:
+            while not (ended := agree(wish())) and step < stop:
                 state, measured = compiled.train_step(state, next(batches))
                 step += 1
                 progress.push(step, measured)
@@ -128,11 +156,11 @@ def train(
             progress.record_rest()
             # Whoever sent a signal is in a hurry.
             known = any(record["step"] == step and "held_out_loss" in record for record in metrics.history)
-            loss = None if known or stop_request.signal else evaluated()
+            loss = None if known or ended > TIME_IS_UP else evaluated()
             checkpoints.save(step, state, batches, loss)
     except NotFiniteError as error:
         raise TrainError(f"{error} {_last_good(checkpoints)} Start again with a lower --lr.") from None
-    return state, stop_request.signal
+    return state, signal.Signals(ended) if ended > TIME_IS_UP else None
 
 
 def _bucket_sizes(compiled: Compiled, state: TrainState, config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -145,10 +173,6 @@ def _bucket_sizes(compiled: Compiled, state: TrainState, config: Config, corpus:
 def _evaluated(config: Config) -> DataConfig:
     """The data in batches that fit where a part of a training step does."""
     return dataclasses.replace(config.data, batch_size=config.data.batch_size // config.optimizer.accumulate)
-
-
-def _shapes(arrays: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def _last_good(checkpoints: Checkpoints) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import string
 
 import jax
 import jax.numpy as jnp
+
+from scfa_jax.partitioning import SUMMED, WHOLE, split
 
 # Logits that exist at once: 2**28 in float32 are 1 GiB, those of 4,096 tokens of a vocabulary of 50,304.
 MAX_LOGITS = 2**28
@@ -27,7 +30,8 @@ def cross_entropy(
         table: float `[V, D]`, the embeddings that score each token.
         targets: int `[...]` in `[0, V)`.
         weights: float32 `[...]`, of each target in the sum; no gradient reaches them.
-        chunk: Tokens whose logits exist at once; None for the power of two that keeps to `MAX_LOGITS`.
+        chunk: Tokens whose logits exist at once, on each device that has some of them; None for the power of two that
+            keeps to `MAX_LOGITS`.
 
     Returns:
         float32 `[]`, nats.
@@ -46,42 +50,46 @@ def cross_entropy(
         chunk = 1 << max(0, (MAX_LOGITS // table.shape[0]).bit_length() - 1)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    tokens = math.prod(targets.shape)
-    chunks = max(1, math.ceil(tokens / chunk))
-    padding = chunks * math.ceil(tokens / chunks) - tokens  # fewer than there are chunks, and of weight 0
-
-    def split(x: jax.Array, *rest: int) -> jax.Array:
-        flat = jnp.pad(x.reshape(tokens, *rest), [(0, padding), *[(0, 0)] * len(rest)])
-        return flat.reshape(chunks, (tokens + padding) // chunks, *rest)
-
-    return _summed(
-        split(features, features.shape[-1]),
-        table,
-        split(targets.astype(jnp.int32)),
-        split(weights.astype(jnp.float32)),
-    )
+    return _summed(chunk, features, table, targets.astype(jnp.int32), weights.astype(jnp.float32))
 
 
-@jax.custom_vjp
-def _summed(features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum over chunks `[C, N, ...]`."""
-    table = table.astype(features.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(chunk: int, features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum; where the tokens are sharded, each device adds up its own in its own chunks."""
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _chunk_loss(table, *chunk)[0], None
+    def total(*arrays: jax.Array) -> tuple[jax.Array]:
+        features, table, targets, weights = arrays
+        table = table.astype(features.dtype)
 
-    return jax.lax.scan(add, jnp.float32(0), (features, targets, weights))[0]
+        def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            return total + _chunk_loss(table, *chunk)[0], None
+
+        return (jax.lax.scan(add, jnp.float32(0), _chunks(chunk, features, targets, weights))[0],)
+
+    axes = _axes(targets)
+    return split(total, _in_axes(axes), [SUMMED])(features, table, targets, weights)[0]
 
 
 def _forward(
-    features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+    chunk: int, features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The sum, and its gradients by features and table."""
+    axes = _axes(targets)
+    run = split(
+        functools.partial(_with_gradients, chunk), _in_axes(axes), [SUMMED, axes + WHOLE, WHOLE + WHOLE + SUMMED]
+    )
+    total, *gradients = run(features, table, targets, weights)
+    return total, tuple(gradients)
+
+
+def _with_gradients(
+    chunk: int, features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     table_dtype, table = table.dtype, table.astype(features.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add(
-        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array, jax.Array]
+        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, by_table = sums
         features, targets, weights = chunk
@@ -92,16 +100,41 @@ def _forward(
         return (total + loss, by_table + product("nv,nd->vd", by_logits, features)), by_features
 
     zeros = (jnp.float32(0), jnp.zeros(table.shape, jnp.float32))
-    (total, by_table), by_features = jax.lax.scan(add, zeros, (features, targets, weights))
-    return total, (by_features, by_table.astype(table_dtype))
+    (total, by_table), by_chunks = jax.lax.scan(add, zeros, _chunks(chunk, features, targets, weights))
+    by_features = by_chunks.reshape(-1, features.shape[-1])[: targets.size].reshape(features.shape)
+    return total, by_features, by_table.astype(table_dtype)
 
 
-def _backward(gradients: tuple[jax.Array, jax.Array], by_total: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(chunk: int, gradients: tuple[jax.Array, jax.Array], by_total: jax.Array) -> tuple[jax.Array | None, ...]:
     by_features, by_table = ((gradient * by_total).astype(gradient.dtype) for gradient in gradients)
     return by_features, by_table, None, None
 
 
 _summed.defvjp(_forward, _backward)
+
+
+def _axes(targets: jax.Array) -> str:
+    """A letter for each axis of the tokens, for `split`."""
+    return string.ascii_lowercase[: targets.ndim]
+
+
+def _in_axes(axes: str) -> list[str]:
+    """Those of features, table, targets and weights."""
+    return [axes + WHOLE, WHOLE + WHOLE, axes, axes]
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Features `[..., D]`, targets and weights `[...]` in chunks of at most `chunk` tokens: `[C, N, ...]`."""
+    tokens, lead = arrays[1].size, arrays[1].ndim
+    chunks = max(1, math.ceil(tokens / chunk))
+    padding = chunks * math.ceil(tokens / chunks) - tokens  # fewer than there are chunks, and of weight 0
+
+    def cut(x: jax.Array) -> jax.Array:
+        flat = x.reshape(tokens, *x.shape[lead:])
+        flat = jnp.pad(flat, [(0, padding), *[(0, 0)] * (flat.ndim - 1)])
+        return flat.reshape(chunks, (tokens + padding) // chunks, *x.shape[lead:])
+
+    return tuple(map(cut, arrays))
 
 
 def _chunk_loss(

@@ -11,6 +11,7 @@ from typing import Any
 
 from train.data import Corpus
 from train.errors import TrainError
+from train.processes import is_first
 from train.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
@@ -18,7 +19,7 @@ REMEDY = "Make room or mend its folder; --resume continues from the last checkpo
 
 
 class Metrics:
-    """Writes `metrics.jsonl` and the same for TensorBoard; a context manager.
+    """Writes `metrics.jsonl` and the same for TensorBoard; a context manager. Of several processes the first writes.
 
     A line has `step`, `seconds` (since the run began, over all sessions, with compiling, evaluations and checkpoints)
     and `train_seconds` (those spent on steps), and then what `write` was given.
@@ -34,15 +35,8 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self._path = folder / METRICS_FILE
         self.history = [record for record in _read(self._path) if record["step"] <= step] if step else []
-        temporary = folder / (METRICS_FILE + ".part")
-        try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
-            temporary.replace(self._path)
-            self._tensorboard = TensorBoard(folder, step)
-            self._file = self._path.open("a")
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._cannot_write(error) from None
+        if is_first():
+            self._open(folder, step)
         last = self.history[-1] if self.history else {}
         self._start = time.monotonic() - last.get("seconds", 0.0)
         self.clock = Clock(last.get("train_seconds", 0.0))
@@ -51,7 +45,7 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in (self._file, self._tensorboard):
+        for file in (self._file, self._tensorboard) if is_first() else ():
             with contextlib.suppress(OSError):  # all lines were flushed, or `write` has said that one could not be
                 file.close()
 
@@ -75,6 +69,8 @@ class Metrics:
         }
         record = {"step": step, **times, **values}
         self.history.append(record)
+        if not is_first():
+            return record
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -82,6 +78,17 @@ class Metrics:
         except OSError as error:
             raise self._cannot_write(error) from None
         return record
+
+    def _open(self, folder: Path, step: int) -> None:
+        temporary = folder / (METRICS_FILE + ".part")
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+            temporary.replace(self._path)
+            self._tensorboard = TensorBoard(folder, step)
+            self._file = self._path.open("a")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(error) from None
 
     def _cannot_write(self, error: OSError) -> TrainError:
         return TrainError(f"{self._path} cannot be written ({error.strerror}). {REMEDY}")

@@ -13,11 +13,13 @@ from models import PRESETS, ModelConfig
 from train.config import Config, problem
 from train.errors import TrainError
 from train.folder import CONFIG_FILE, expanded, latest_run, load_config
+from train.mesh import mesh_problem
 from train.moa.plan import load_plan
+from train.processes import connect
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the command line and, with `--resume`, the options of the run to continue.
+    """Reads the command line and, with `--resume`, the options of the run to continue; joins other processes.
 
     Args:
         argv: Arguments; those of the process if None.
@@ -27,10 +29,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         `run.out` names the folder to continue.
 
     Raises:
-        TrainError: An option makes no sense, there is no run to continue, or an option contradicts the run.
+        TrainError: An option makes no sense, there is no run to continue, an option contradicts the run, or other
+            processes cannot be joined.
         SystemExit: tyro could not read the command line (code 2), or printed the help (code 0).
     """
     config = _read_arguments(argv, Config())
+    connect(config.run.distributed)  # before anything asks JAX for its devices
     if not config.run.resume:
         # Again, with the values of the model that was named for what is not given.
         return _checked(_read_arguments(argv, Config(model=PRESETS[config.model.preset])))
@@ -58,7 +62,7 @@ def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
 
 def _checked(config: Config) -> Config:
     """Fails on impossible options; makes the paths of the data absolute and decides the dtype."""
-    wrong = config.model.problem() or problem(config)
+    wrong = config.model.problem() or problem(config) or mesh_problem(config)
     if wrong:
         raise TrainError(wrong)
     model, data = config.model, config.data

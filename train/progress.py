@@ -11,6 +11,7 @@ import jax
 import tqdm
 
 from train.metrics import Metrics, Units
+from train.processes import is_first
 from train.step import Measured
 
 # Steps in flight before the host waits for one: enough to hide its own work behind the device's.
@@ -46,7 +47,7 @@ class Progress:
         self._recorded_at = metrics.clock.seconds
         self._last_line = -math.inf
         # disable=None: no bar where nobody watches, as in a log file.
-        self._bar = tqdm.tqdm(total=steps, initial=step, unit="step", disable=None)
+        self._bar = tqdm.tqdm(total=steps, initial=step, unit="step", disable=None if is_first() else True)
 
     def __enter__(self) -> Progress:
         return self
@@ -123,5 +124,5 @@ class Progress:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that the device has had in use at once, if it reports them."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    """The most bytes that the (first) device has had in use at once, if it reports them."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from train.config import Config
 from train.errors import TrainError
 from train.flops import peak_flops
 from train.folder import expanded, load_config, load_facts
+from train.mesh import axis_sizes
 from train.metrics import read_metrics
 from train.plot import PLOT_FILE, History, column, plot_bucket_sizes, plot_losses, plot_speed_and_buckets
 
@@ -101,6 +103,7 @@ def summary(
     if not steps or not held_out:
         raise TrainError(f"{name} has trained too little: no loss or no evaluation in its metrics. Leave it out.")
     flops, peak = _last(history, "flops_per_step"), peak_flops(device, config.model.dtype)
+    devices = math.prod(axis_sizes(config.run.mesh).values()) if config.run.mesh else 1
     rate = steps[-1] * tokens_per_step / seconds[-1]
     best = min(range(len(held_out)), key=held_out.__getitem__)
     return {
@@ -122,7 +125,7 @@ def summary(
         "best_held_out_step": held_out_steps[best],
         "tokens_per_second": rate,
         "peak_memory_bytes": max(column(history, "peak_memory_bytes")[1], default=None),
-        "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak if flops and peak else None,
+        "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak / devices if flops and peak else None,
         "seconds_to_target": None if target is None else _seconds_to(target, history, unit),
     }
 

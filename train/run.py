@@ -7,17 +7,20 @@ from pathlib import Path
 
 import jax
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
 from train.data import Corpus, load_corpus, training_batches
 from train.flops import model_flops
 from train.folder import open_folder
 from train.loop import compile_steps, train
+from train.memory import out_of_memory_in_one_line
+from train.mesh import gathered, init_on, make_mesh, rows_to_read
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
+from train.processes import is_first, one_speaks
 from train.restore import parameters_of
 from train.sample import SampleOptions, write_sample
-from train.step import LanguageModel, TrainState, init
+from train.step import LanguageModel, TrainState
 
 
 def run(config: Config) -> int:
@@ -32,19 +35,35 @@ def run(config: Config) -> int:
     Raises:
         TrainError: Something the user can put right; nothing was overwritten.
     """
+    with one_speaks():
+        mesh = make_mesh(config.run.mesh)
+        corpus = load_corpus(config.data)
+        with out_of_memory_in_one_line(_remedy):
+            model, state = init_on(mesh, config, corpus.vocab_size)
+        if config.run.start_from is not None and not config.run.resume:
+            params = parameters_of(config.run.start_from, corpus, state.params)
+            state = state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+        folder = open_folder(config, corpus)
+        with out_of_memory_in_one_line(lambda: _remedy(folder)):
+            return _run(config, corpus, folder, mesh, model, state)
+
+
+def _run(
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    mesh: jax.sharding.Mesh | None,
+    model: LanguageModel,
+    state: TrainState,
+) -> int:
     data = config.data
-    corpus = load_corpus(data)
-    model, state = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=data.seq_len)
-    if config.run.start_from is not None and not config.run.resume:
-        state = state._replace(params=parameters_of(config.run.start_from, corpus, state.params))
-    folder = open_folder(config, corpus)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
-    device = jax.devices()[0].device_kind
+    device = jax.devices()[0].device_kind if mesh is None else f"{mesh.size} x {jax.devices()[0].device_kind}"
     print(f"{corpus.name}: {corpus.train.size:,} {corpus.unit}s to train on, {corpus.held_out.size:,} held out")
     print(f"{parameters:,} parameters, {config.model.attention} attention, {config.model.dtype} on {device}")
     print(f"writing to {folder}")
 
-    batches = training_batches(corpus, data, config.optimizer.seed)
+    batches = training_batches(corpus, data, config.optimizer.seed, *rows_to_read(mesh, data.batch_size))
     with Checkpoints(folder) as checkpoints:
         if config.run.resume:
             if checkpoints.latest_step is None:
@@ -69,10 +88,21 @@ def run(config: Config) -> int:
     if stopped_by is not None:
         print(f"{stopped_by.name} at step {step}, checkpoint saved: python -m train --resume --out {folder}")
         return 128 + stopped_by
-    _finish(config, corpus, folder, model, state, metrics)
+    # A sample is made by one device of the first process.
+    params, fixed = gathered(mesh, (state.params, state.fixed))
+    if is_first():
+        _finish(config, corpus, folder, model, state._replace(params=params, fixed=fixed), metrics)
     if step < config.optimizer.steps:
         print(f"stopped as asked at step {step}, checkpoint saved: python -m train --resume --out {folder}")
     return 0
+
+
+def _remedy(folder: Path | None = None) -> str:
+    kept = folder is not None and has_checkpoint(folder)
+    return (
+        "Start a new run with a smaller --batch-size, with --accumulate (a step in that many parts), or with "
+        f"--remat save_attention or full.{f' All checkpoints of this one are whole: {folder}.' if kept else ''}"
+    )
 
 
 def _finish(

@@ -14,6 +14,7 @@ from train.data import Corpus, load_corpus
 from train.errors import TrainError
 from train.folder import expanded, load_config
 from train.generate import can_decode, generate
+from train.memory import out_of_memory_in_one_line
 from train.plot import draw_images
 from train.restore import restored
 from train.step import LanguageModel, TrainState
@@ -105,15 +106,16 @@ def write_sample(
     prompt = _prompt(options, corpus)
     if not can_decode(model, state):
         print("reformer layers cannot decode with a cache: each token costs a pass over the window")
-    tokens = generate(
-        model,
-        state,
-        np.tile(prompt, (options.count or DEFAULT_COUNT[kind], 1)),
-        length=window if kind == "images" else options.length,
-        window=window,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+    with out_of_memory_in_one_line(lambda: "Generate fewer at once: --count, or fewer tokens: --length."):
+        tokens = generate(
+            model,
+            state,
+            np.tile(prompt, (options.count or DEFAULT_COUNT[kind], 1)),
+            length=window if kind == "images" else options.length,
+            window=window,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
     try:
         if kind == "images":
             draw_images([np.frombuffer(corpus.tokenizer.decode(row), np.uint8) for row in tokens], title, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,9 +13,14 @@ import optax
 from flax import nnx
 
 from models import ModelConfig, Transformer
+from models.sharding import BATCH, cut
+from scfa_jax.kmeans import update_centroids
 from train.config import OptimizerConfig
 from train.data import Batch
 from train.loss import cross_entropy
+
+# What of a draw serves all sequences of a step.
+ONE_FOR_ALL = ("rotations", "seed", "fraction")
 
 
 class TrainState(NamedTuple):
@@ -23,7 +29,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 []
     params: Any  # pure dict of float32 arrays
     opt_state: optax.OptState
-    fixed: Any  # pure dict: the rotations that evaluation hashes with
+    fixed: Any  # pure dict: what evaluation hashes with, and centroids, which move with the data
 
 
 class Measured(NamedTuple):
@@ -89,27 +95,33 @@ def train_step(
     """
     batch_size, length = batch.tokens[:, 1:].shape
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    draws = model.merge(state.params, state.fixed).draw(batch_size, length, key, state.step)
+    whole = model.merge(state.params, state.fixed)
+    draws = whole.draw(batch_size, length, key, state.step)
 
-    def loss_of(params: Any, batch: Batch, draws: Any) -> jax.Array:
+    def loss_of(variables: tuple[Any, Any], batch: Batch, draws: Any) -> jax.Array:
         """The part's share of the mean over all tokens."""
-        transformer = model.merge(params, state.fixed)
+        params, centroids = variables
+        transformer = model.merge(params, _with(state.fixed, centroids))
         tokens, targets, segment_ids = inputs_and_targets(batch)
-        features = transformer.features(tokens, draws=draws, segment_ids=segment_ids)
+        features = _for_loss(transformer.features(tokens, draws=draws, segment_ids=segment_ids))
         return cross_entropy(features, _table(transformer), targets, jnp.full(targets.shape, 1 / (batch_size * length)))
 
-    loss, gradients = _accumulated(jax.value_and_grad(loss_of), state.params, (batch, draws), config.accumulate)
+    variables = state.params, _centroids(state.fixed)
+    loss, gradients = _accumulated(jax.value_and_grad(loss_of), variables, (batch, draws), config.accumulate)
+    gradients, sums = gradients  # the latter by the centroids: see `scfa_jax.kmeans.with_gradient`
+    move = functools.partial(update_centroids, decay=whole.config.centroid_decay)
+    fixed = _with(state.fixed, jax.tree.map(move, variables[1], sums))
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     measured = Measured(loss, optax.tree.norm(gradients), jnp.asarray(learning_rate(config)(state.step), jnp.float32))
-    return TrainState(state.step + 1, params, opt_state, state.fixed), measured
+    return TrainState(state.step + 1, params, opt_state, fixed), measured
 
 
 def eval_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch, weights: jax.Array) -> jax.Array:
     """Summed loss of the sequences `[B, T + 1]` weighted by `[B]`: nats, float32 `[]`."""
     transformer = model.merge(params, fixed)
     tokens, targets, segment_ids = inputs_and_targets(batch)
-    features = transformer.features(tokens, segment_ids=segment_ids)
+    features = _for_loss(transformer.features(tokens, segment_ids=segment_ids))
     return cross_entropy(features, _table(transformer), targets, jnp.broadcast_to(weights[:, None], targets.shape))
 
 
@@ -129,15 +141,31 @@ def _accumulated(
     batch_size = whole[0].tokens.shape[0]
 
     def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        if path[-1] == jax.tree_util.DictKey("rotations"):  # of a draw: they serve all sequences of a step
+        if getattr(path[-1], "key", None) in ONE_FOR_ALL:
             return jnp.broadcast_to(x, (parts, *x.shape))
-        return x.reshape(parts, batch_size // parts, *x.shape[1:])
+        return cut(x.reshape(parts, batch_size // parts, *x.shape[1:]), None, BATCH)
 
     def add(sums: tuple[jax.Array, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, jax.tree.map_with_path(split, whole))[0]
+
+
+def _for_loss(features: jax.Array) -> jax.Array:
+    """Features `[B, T, width]` cut over all devices of a mesh: each scores its own tokens by the whole vocabulary."""
+    return cut(features, BATCH, "model")
+
+
+def _centroids(fixed: Any) -> Any:
+    """Centroids alone, None in the place of all else."""
+    return jax.tree.map_with_path(lambda path, x: x if path[-1].key == "centroids" else None, fixed)
+
+
+def _with(fixed: Any, centroids: Any) -> Any:
+    """What is fixed in a step, with the centroids of `_centroids`."""
+    take = lambda new, old: old if new is None else new
+    return jax.tree.map(take, centroids, fixed, is_leaf=lambda x: x is None)
 
 
 def _table(transformer: Transformer) -> jax.Array:

@@ -29,6 +29,7 @@ class Projections(NamedTuple):
     key: jax.Array  # [B, T, K, H]; the same object as `query` where queries are the keys
     rotated_query: jax.Array  # these are `query` and `key` where there is no rotary
     rotated_key: jax.Array
+    start: jax.Array | int = 0  # int32 [], the place of the first token
 
 
 class Operands(NamedTuple):
@@ -100,7 +101,8 @@ class Sparsity:
 
         Returns:
             Those of the queries `[1 or B, 1 or T, N]`, and those of the keys `[1 or B, 1 or T, K]`, or None where
-            the former are the latter too.
+            the former are the latter too. A key's `gate`, float `[B, T, K]`, is no mark: it multiplies the key's value,
+            and is how gradients reach what marks are made by.
         """
         del projections
         return {}, None
@@ -318,6 +320,7 @@ def operands(
     normalize_key: bool = False,
     rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     positions: jax.Array | None = None,
+    start: jax.Array | int = 0,
     **draw: jax.Array | None,
 ) -> Operands:
     """Makes of projections what attention computes on: rotates, normalises, marks.
@@ -330,7 +333,8 @@ def operands(
         tokens: float `[B, T, E]`, what the layer reads, for kinds that look at it.
         normalize_key: Whether to scale keys to unit length. Marks do not depend on it.
         rotary: As in the modules: `rotary(x, positions)` for queries and keys `[B, T, _, H]`; or None.
-        positions: int32 `[1 or B, T]` for `rotary`; 0 to `T - 1` if None.
+        positions: int32 `[1 or B, T]` for `rotary`; if None, they go on from `start`.
+        start: The place of the first token, an int or int32 `[]`.
         **draw: What the kind drew, and its parameters: keywords of its `marks`. None is as good as left out.
 
     Returns:
@@ -350,10 +354,14 @@ def operands(
     key = shared_key(query, value.shape[2]) if key is None else key
     rotated_query, rotated_key = query, key
     if rotary is not None:
-        positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+        positions = start + jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
         rotated_query = rotary(query, positions).astype(value.dtype)
         rotated_key = rotated_query if shared else rotary(key, positions).astype(key.dtype)
-    query_marks, key_marks = kind.marks(Projections(tokens, query, key, rotated_query, rotated_key), **drawn)
+    projections = Projections(tokens, query, key, rotated_query, rotated_key, start)
+    query_marks, key_marks = kind.marks(projections, **drawn)
+    gate = (query_marks if key_marks is None else key_marks).pop("gate", None)
+    if gate is not None:
+        value = (value.astype(gate.dtype) * gate[..., None]).astype(value.dtype)
     key = (normalize(rotated_key) if normalize_key else rotated_key).astype(rotated_query.dtype)
     return Operands(rotated_query, key, value, query_marks, key_marks)
 

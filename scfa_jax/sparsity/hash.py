@@ -35,7 +35,7 @@ class Hash(Sparsity):
     before_rotary: bool = False
 
     shares_query_key = True
-    kept_draw = ("rotations",)
+    kept_draw: ClassVar[tuple[str, ...]] = ("rotations",)
     cached_marks: ClassVar = {"hash": np.int32(0)}
 
     def __post_init__(self):
@@ -81,16 +81,43 @@ class Hash(Sparsity):
         Raises:
             ValueError: `rotations` is missing or has another shape.
         """
-        _, query, key, rotated_query, rotated_key = projections
-        if not self.before_rotary:
-            query, key = rotated_query, rotated_key
+        query, key = self.hashed(projections)
+        rotations = self.checked(rotations, key)
+        group = query.shape[2] // key.shape[2]
+        query_hash = lsh_hash(query, jnp.repeat(rotations, group, axis=0))
+        return {"hash": query_hash}, None if key is query else {"hash": lsh_hash(key, rotations)}
+
+    def hashed(self, projections: Projections) -> tuple[jax.Array, jax.Array]:
+        """Tells what is hashed.
+
+        Args:
+            projections: Those of a call.
+
+        Returns:
+            Queries `[B, T, N, H]`, and keys `[B, T, K, H]`: the same object where queries are the keys.
+        """
+        if self.before_rotary:
+            return projections.query, projections.key
+        return projections.rotated_query, projections.rotated_key
+
+    def checked(self, rotations: jax.Array | None, key: jax.Array) -> jax.Array:
+        """Checks rotations.
+
+        Args:
+            rotations: What was given.
+            key: float `[B, T, K, H]`, what they hash.
+
+        Returns:
+            They.
+
+        Raises:
+            ValueError: They are missing or have another shape.
+        """
         expected = (*key.shape[2:], self.num_buckets // 2)
         if rotations is None or rotations.shape != expected:
             got = None if rotations is None else rotations.shape
             raise ValueError(f"rotations must be [K, H, num_buckets // 2] = {expected}, got {got}.")
-        group = query.shape[2] // key.shape[2]
-        query_hash = lsh_hash(query, jnp.repeat(rotations, group, axis=0))
-        return {"hash": query_hash}, None if key is query else {"hash": lsh_hash(key, rotations)}
+        return rotations
 
     def mask(
         self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array

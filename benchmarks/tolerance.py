@@ -1,0 +1,182 @@
+"""How close is close enough: a rule without constants, after FlashAttention's own tests.
+
+The error against a float32 (or wider) reference may be at most twice that of a plain implementation in the same
+dtype, plus a floor: one rounding of the terms that are summed. The tests, the random cases and the soak run go by it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scfa_jax import reference
+
+NAMES = ("output", "logsumexp", "dquery", "dkey", "dvalue")
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class Dense(NamedTuple):
+    """What results are compared with; each a tuple in the order of `NAMES`.
+
+    Attributes:
+        want: The reference's results in float32.
+        rough: Those of a plain implementation in the dtype of the inputs.
+        terms: float32 `[]`, the largest sum of absolute terms: what rounding errors are relative to.
+    """
+
+    want: tuple[jax.Array, ...]
+    rough: tuple[jax.Array, ...]
+    terms: tuple[jax.Array, ...]
+
+
+def results_and_gradients(
+    attend: Callable[..., tuple[jax.Array, jax.Array]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    output_cotangent: jax.Array,
+    logsumexp_cotangent: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Output, log-sum-exp and the gradients of query, key and value for the cotangents of both."""
+    (output, logsumexp), pull = jax.vjp(attend, query, key, value)
+    # A query without keys has a constant log-sum-exp of -inf: its cotangent means nothing.
+    cotangent = jnp.where(jnp.isfinite(logsumexp), logsumexp_cotangent.astype(logsumexp.dtype), 0)
+    return output, logsumexp, *pull((output_cotangent.astype(output.dtype), cotangent))
+
+
+def plain_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Dense attention as one would write it in the dtype of the inputs, dots at the highest precision."""
+    heads = query.shape[2]
+    key, value, mask = _for_each_head(key, value, mask, heads)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = _einsum("btnh,bsnh->bnts", query, key) * jnp.asarray(scale, query.dtype)
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    has_key = mask.any(-1, keepdims=True)
+    logsumexp = jax.nn.logsumexp(jnp.where(has_key, scores, 0), axis=-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, logsumexp) - logsumexp), 0).astype(query.dtype)
+    output = _einsum("bnts,bsnh->btnh", weights, value)
+    return output, jnp.where(has_key, logsumexp, -jnp.inf)[..., 0].swapaxes(1, 2)
+
+
+def summed_terms(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    output_cotangent: jax.Array,
+    logsumexp_cotangent: jax.Array,
+    *,
+    scale: float | None = None,
+) -> tuple[jax.Array, ...]:
+    """The largest sum of absolute terms in each of the results, float32 `[]`."""
+    query, key, value, cotangent = (x.astype(jnp.float32) for x in (query, key, value, output_cotangent))
+    heads, key_heads = query.shape[2], key.shape[2]
+    key, value, mask = _for_each_head(key, value, mask, heads)
+    mask = jnp.broadcast_to(mask, (query.shape[0], heads, query.shape[1], key.shape[1]))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    score_terms = abs(scale) * _einsum("btnh,bsnh->bnts", abs(query), abs(key)) * mask
+    scores = jnp.where(mask, scale * _einsum("btnh,bsnh->bnts", query, key), -jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-1e30)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.maximum(total, 1e-30)
+    weight_terms = _einsum("btnh,bsnh->bnts", abs(cotangent), abs(value))
+    delta_terms = (weights * weight_terms).sum(-1, keepdims=True)
+    delta_terms = delta_terms + abs(logsumexp_cotangent.astype(jnp.float32)).swapaxes(1, 2)[..., None]
+    # A rounding of a score changes its weight by that much, relatively.
+    roundings = 1 + score_terms
+    score_gradient = weights * (weight_terms + delta_terms) * roundings
+    by_key_head = lambda x: x.reshape(*x.shape[:2], key_heads, heads // key_heads, x.shape[3]).sum(3)
+    terms = (
+        _einsum("bnts,bsnh->btnh", weights * roundings, abs(value)),
+        score_terms + 1 + jnp.log(jnp.maximum(total, 1)),  # the log-sum-exp is the peak and this
+        abs(scale) * _einsum("bnts,bsnh->btnh", score_gradient, abs(key)),
+        by_key_head(abs(scale) * _einsum("bnts,btnh->bsnh", score_gradient, abs(query))),
+        by_key_head(_einsum("bnts,btnh->bsnh", weights * roundings, abs(cotangent))),
+    )
+    return tuple(jnp.max(x, initial=0.0) for x in terms)
+
+
+@functools.partial(jax.jit, static_argnames=("scale",))
+def dense_results(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    output_cotangent: jax.Array,
+    logsumexp_cotangent: jax.Array,
+    *,
+    scale: float | None = None,
+) -> Dense:
+    """What results are to be compared with.
+
+    Args:
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, H]`.
+        mask: bool `[B or 1, N or K or 1, T, S]`, what may be attended to.
+        output_cotangent: `[B, T, N, H]`.
+        logsumexp_cotangent: `[B, T, N]`.
+        scale: Factor of the scores; `H ** -0.5` if None.
+    """
+    given = output_cotangent, logsumexp_cotangent
+
+    def results(attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        return results_and_gradients(lambda *qkv: attend(*qkv, mask, scale=scale), q, k, v, *given)
+
+    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    return Dense(
+        results(reference.attention, q, k, v),
+        results(plain_attention, query, key, value),
+        summed_terms(query, key, value, mask, *given, scale=scale),
+    )
+
+
+def problems(got: Sequence[jax.Array | np.ndarray], dense: Dense, dtype: jax.typing.DTypeLike) -> list[str]:
+    """What breaks the rule.
+
+    Args:
+        got: Results in the order of `NAMES`, or the first few of them.
+        dense: From `dense_results`.
+        dtype: Of query, key and value.
+
+    Returns:
+        One line for each result that is wrong.
+    """
+    found = []
+    # The reference itself is rounded in float32.
+    rounding = float(jnp.finfo(dtype).eps) + float(jnp.finfo(jnp.float32).eps)
+    for name, *arrays, term in zip(NAMES, got, *dense, strict=False):
+        x, want, rough = (np.asarray(y, np.float64) for y in arrays)
+        if x.shape != want.shape:
+            found.append(f"{name}: shape {x.shape}, not {want.shape}")
+            continue
+        empty = np.isneginf(want)
+        if (np.isneginf(x) != empty).any():
+            found.append(f"{name}: other rows are empty")
+        elif not np.isfinite(x[~empty]).all():
+            found.append(f"{name}: {(~np.isfinite(x[~empty])).sum()} of {x.size} are not finite")
+        else:
+            error, allowed = (float(np.max(np.abs(y[~empty] - want[~empty]), initial=0.0)) for y in (x, rough))
+            floor = rounding * float(term)
+            if not error <= 2 * allowed + floor:
+                found.append(f"{name}: error {error:.3g}, plain {allowed:.3g}, floor {floor:.3g}")
+    return found
+
+
+def _for_each_head(
+    key: jax.Array, value: jax.Array, mask: jax.Array, heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Repeats key heads, and masks of key heads, for the query heads that read them."""
+    key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
+    if 1 < mask.shape[1] < heads:
+        mask = jnp.repeat(mask, heads // mask.shape[1], axis=1)
+    return key, value, mask

@@ -1,0 +1,155 @@
+"""Hashes of several origins and keys kept by their score, as kinds of sparsity in both Flax modules."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from module_cases import assert_close, outputs_and_gradients, tokens, turned
+
+import scfa_jax.linen
+from scfa_jax import kmeans_hash, learned_hash, reference
+from scfa_jax.kmeans import member_sums
+from scfa_jax.nnx import CausalSelfAttention, KeepTop, KMeansHash, LearnedHash, PermutationHash
+from scfa_jax.sparsity import normalize
+
+FEATURES, HEADS, LENGTH = 16, 4, 24
+NO_BIAS = {"use_bias": False}
+GROUPED = {"num_key_value_heads": 2, "share_query_key": False}
+KINDS = {
+    "learned": (LearnedHash(4), {}),
+    "k-means, grouped own keys": (KMeansHash(4, exclude_self=False, before_rotary=True), GROUPED),
+    "permutation, grouped": (PermutationHash(4), {"num_key_value_heads": 2}),
+    "score, grouped": (KeepTop(0.4, "learned"), GROUPED),
+}
+each_kind = pytest.mark.parametrize("name", KINDS)
+
+
+@functools.cache
+def case(name: str):
+    """The module, what is trained and kept, and `(variables, x, cotangent)` to outputs and gradients."""
+    kind, options = KINDS[name]
+    module = CausalSelfAttention(FEATURES, HEADS, sparsity=kind, rotary=turned, **NO_BIAS, **options, rngs=nnx.Rngs(0))
+    graph, params, kept = nnx.split(module, nnx.Param, ...)
+    variables = nnx.to_pure_dict(params), nnx.to_pure_dict(kept)
+
+    def apply(params, x, kept):
+        module = nnx.merge(graph, nnx.State(params), nnx.State(kept))
+        return module(x, deterministic=True)
+
+    def results(params, kept, x, cotangent):
+        return outputs_and_gradients(apply, params, x, cotangent, {"kept": kept})
+
+    return module, *variables, jax.jit(results)
+
+
+@each_kind
+def test_later_tokens_change_neither_earlier_outputs_nor_receive_their_gradients(name):
+    _, params, kept, results = case(name)
+    for seen in (1, LENGTH // 2):
+        cotangent = tokens(1).at[:, seen:].set(0)
+        outputs, (_, gradient) = results(params, kept, tokens(), cotangent)
+        x = tokens().at[:, seen:].set(tokens(2)[:, seen:])
+        changed, _ = results(params, kept, x, cotangent)
+        np.testing.assert_allclose(outputs[:, :seen], changed[:, :seen], rtol=1e-5, atol=1e-6)
+        assert not np.allclose(outputs[:, seen:], changed[:, seen:])
+        np.testing.assert_array_equal(gradient[:, seen:], 0)
+    assert np.any(gradient[:, : LENGTH // 2] != 0)
+
+
+@each_kind
+def test_one_token_at_a_time_by_the_dense_mask_equals_attention(name):
+    module, params, kept, results = case(name)
+    expected, _ = results(params, kept, tokens(), tokens(1))
+    module.init_cache(tokens().shape)
+    step = nnx.jit(lambda module, x: module(x, decode=True))
+    parts = np.cumsum([0, 9, *[1] * 6, 9])
+    outputs = [step(module, tokens()[:, start:stop]) for start, stop in itertools.pairwise(parts)]
+    assert_close(jnp.concatenate(outputs, axis=1), expected)
+
+
+def by_hand(params, kept, x, name):
+    """The layer written out with the dense reference and the pure functions."""
+    kind, options = KINDS[name]
+    project = lambda part: jnp.einsum("bte,enh->btnh", x, params[part]["kernel"], precision="highest")
+    turn = lambda x: turned(x, jnp.arange(LENGTH)[None])
+    query, value = project("query"), project("value")
+    key = project("key") if options else query
+    if isinstance(kind, KeepTop):
+        scores = jnp.einsum("btkh,kh->btk", key, params["scorer"], precision="highest")
+        keep = reference.keep_top(scores, kind.fraction)
+        value = value * 2 / (1 + jnp.exp(-scores))[..., None]
+        output = reference.qk_sparse_attention(turn(query), turn(key), value, jnp.ones((1, 1, 1), bool), keep)
+    else:
+        ids, gate = learned_hash(turn(query), params["rotations"])
+        value = value * gate[..., None]
+        output = reference.hash_sparse_attention(turn(query), normalize(turn(key)), value, ids, exclude_self=True)
+    return jnp.einsum("btnh,nhe->bte", output, params["out"]["kernel"], precision="highest")
+
+
+@pytest.mark.parametrize("name", ["learned", "score, grouped"])
+def test_equals_the_dense_definition_and_learns(name):
+    _, params, kept, results = case(name)
+    dense = lambda params, x: by_hand(params, kept, x, name)
+    expected = jax.jit(functools.partial(outputs_and_gradients, dense))(params, tokens(), tokens(1), {})
+    outputs, (gradients, of_x) = results(params, kept, tokens(), tokens(1))
+    assert_close(outputs, expected[0])
+    assert_close((gradients, of_x), expected[1])
+    for learned in {"rotations", "scorer"} & gradients.keys():
+        assert np.any(gradients[learned] != 0, axis=-1).all()
+
+
+def linen(name: str):
+    kind, options = KINDS[name]
+    options = {"sparsity": kind, "rotary": turned, "deterministic": False, **NO_BIAS, **options}
+    return scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, **options)
+
+
+@each_kind
+def test_linen_trains_and_keeps_the_same(name):
+    _, params, kept, _ = case(name)
+    keys = {"params": jax.random.key(0), "sparsity": jax.random.key(1)}
+    made = jax.eval_shape(linen(name).init, keys, tokens())
+    chex.assert_trees_all_equal_shapes_and_dtypes(made, {"params": params, **({"sparsity": kept} if kept else {})})
+
+
+def test_linen_computes_the_same_and_centroids_get_sums_for_a_gradient():
+    name = "k-means, grouped own keys"
+    _, params, kept, results = case(name)
+
+    @jax.jit
+    def by_variables(variables, x, cotangent):
+        return jax.value_and_grad(lambda variables: jnp.sum(linen(name).apply(variables, x) * cotangent))(variables)
+
+    value, gradients = by_variables({"params": params, "sparsity": kept}, tokens(), tokens(1))
+    outputs, (expected, _) = results(params, kept, tokens(), tokens(1))
+    np.testing.assert_allclose(value, jnp.sum(outputs * tokens(1)), rtol=1e-5)
+    assert_close(gradients["params"], expected)
+
+    @jax.jit
+    def sums(x, centroids):  # both queries of a group count for its key head
+        query, key = (
+            jnp.einsum("bte,enh->btnh", x, params[part]["kernel"], precision="highest") for part in ("query", "key")
+        )
+        all_three = query[:, :, ::2], query[:, :, 1::2], key
+        return sum(member_sums(x, kmeans_hash(x, centroids), 4) for x in all_three)
+
+    expected = sums(tokens(), kept["centroids"])
+    np.testing.assert_allclose(gradients["sparsity"]["centroids"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_kind_takes_is_checked():
+    for wrong, error, message in (
+        ({"fraction": 0.0}, ValueError, "fraction must be above 0 and at most 1, got 0.0"),
+        ({"fraction": "half"}, TypeError, "fraction must be a static number, got 'half'"),
+        ({"fraction": 0.5, "score": "size"}, ValueError, "score must be 'norm' or 'learned', got 'size'"),
+    ):
+        with pytest.raises(error, match=message):
+            KeepTop(**wrong)
+    module, *_ = case("k-means, grouped own keys")
+    with pytest.raises(ValueError, match=r"centroids must be \[K, num_buckets, H\] = \(2, 4, 4\), got \(1, 4, 4\)"):
+        module(tokens(), centroids=jnp.ones((1, 4, 4)))

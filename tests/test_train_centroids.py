@@ -1,0 +1,80 @@
+"""Centroids in training: they move with the data, in parts as in the whole, and are part of a checkpoint."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from models import ModelConfig
+from scfa_jax.kmeans import kmeans_hash, member_sums, update_centroids
+from train.checkpoint import Checkpoints
+from train.config import DataConfig, OptimizerConfig
+from train.data import load_corpus, training_batches
+from train.step import init, inputs_and_targets, train_step
+
+CONFIG = ModelConfig(
+    attention="hash,topk",
+    hash="kmeans",
+    hash_before_rotary=True,
+    keep_score="learned",
+    drop_warmup=5,
+    layers=2,
+    width=16,
+    heads=2,
+    num_buckets=4,
+    centroid_decay=0.9,
+    dtype="float32",
+)
+
+
+@pytest.fixture
+def batches(text):
+    data = DataConfig(data=str(text), seq_len=24, batch_size=4)
+    return training_batches(load_corpus(data), data, seed=0)
+
+
+@functools.cache
+def compiled():
+    """A model, its first state, and a step that computes two halves of a batch, one after the other."""
+    optimizer = OptimizerConfig(steps=10, lr=0.01, warmup=0, accumulate=2)
+    model, state = init(CONFIG, optimizer, vocab_size=256, max_length=24)
+    return model, state, jax.jit(functools.partial(train_step, model, optimizer))
+
+
+def centroids(state) -> np.ndarray:
+    return np.asarray(state.fixed["blocks"][0]["attention"]["centroids"])
+
+
+def test_centroids_move_by_the_members_that_they_had_before_the_step(batches):
+    model, state, step = compiled()
+    batch = next(batches)
+    after, _ = step(state, batch)
+
+    @jax.jit
+    def expected(params, fixed, tokens):
+        transformer = model.merge(params, fixed)
+        attention = transformer.blocks[0].attention
+        query = attention.query(transformer.blocks[0].norm1(transformer.embed(tokens)))
+        before = attention.centroids[...]
+        sums = member_sums(query, kmeans_hash(query, before), CONFIG.num_buckets)
+        return update_centroids(before, sums, CONFIG.centroid_decay)
+
+    moved = expected(state.params, state.fixed, inputs_and_targets(batch)[0])
+    np.testing.assert_allclose(centroids(after), moved, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(centroids(after), centroids(state), atol=0.1)
+    trained = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(after.opt_state)]
+    assert any("scorer" in path for path in trained)
+    assert not any("centroids" in path for path in trained)
+
+
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(batches, tmp_path):
+    _, start, step = compiled()
+    first, _ = step(start, next(batches))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, first, batches)
+        second, _ = step(first, next(batches))
+        checkpoints.wait()
+        restored = checkpoints.restore(1, start, batches)
+    again, _ = step(restored, next(batches))
+    jax.tree.map(np.testing.assert_array_equal, again, second)

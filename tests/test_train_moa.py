@@ -137,7 +137,7 @@ UNPLANNED = {
 
 
 def test_what_cannot_be_planned_is_one_line(trained, monkeypatch, capsys):
-    even = lambda model, state, corpus, data, *rest: np.ones((1, 2, 2, data.seq_len))
+    even = lambda model, state, corpus, data, *rest: np.ones((1, 3, 2, data.seq_len))
     monkeypatch.setattr(train.moa.command, "profile", even)
     for arguments, message in UNPLANNED.items():
         assert main(["moa", *arguments.split()]) == 2

@@ -9,6 +9,11 @@ grow by `1 / (1 - A[i, j])`, so that they sum to 1 again. To first order the los
 
 where `G[i, j]` is the product of the cotangent of the query's output and the key's value. As in the authors' code
 (github.com/thu-nics/MoA), influences are summed by size, `|E|`: those of pairs left out together would not cancel.
+
+Beyond the paper: where a window `w` leaves out all that lies beyond it at once, the weights that are kept grow alike,
+and to first order the loss of that row changes by
+
+    J[i, w] = (sum over kept k of A[i, k] * G[i, k]) / (sum over kept k of A[i, k]) - sum over k of A[i, k] * G[i, k].
 """
 
 from __future__ import annotations
@@ -81,9 +86,9 @@ def influential_attention(
         query: float `[B, T, N, H]`.
         key: The like.
         value: The like.
-        tap: float32 `[2, N, T]`; its values do not matter. Its gradient `[0, n, d]` is the sum of `|E[i, i - d]|` over
+        tap: float32 `[3, N, T]`; its values do not matter. Its gradient `[0, n, d]` is the sum of `|E[i, i - d]|` over
             the batch and the queries of head `n`, but for pairs with the first `num_sinks` keys, which are in
-            `[1, n, d]`.
+            `[1, n, d]`; and `[2, n, w]` the sum of `|J[i, w]|`, for windows of 1 and more beside these sinks.
         segment_ids: int32 `[B, T]`, equal ids side by side: tokens attend inside their own segment alone. Or None.
         num_sinks: Keys at the beginning of the sequence, or of each segment, that are kept apart.
 
@@ -96,8 +101,8 @@ def influential_attention(
     _, length, heads, _ = query.shape
     if not query.shape == key.shape == value.shape:
         raise ValueError(f"query, key and value must have one shape, got {query.shape}, {key.shape} and {value.shape}.")
-    if tap.shape != (2, heads, length):
-        raise ValueError(f"tap must be [2, N, T] = {(2, heads, length)}, got {tap.shape}.")
+    if tap.shape != (3, heads, length):
+        raise ValueError(f"tap must be [3, N, T] = {(3, heads, length)}, got {tap.shape}.")
     return _attention(num_sinks, query, key, value, tap, segment_ids)
 
 
@@ -136,9 +141,12 @@ _attention.defvjp(_forward, _backward)
 class _Row(NamedTuple):
     """Sums over the keys of each query, float32 `[B, N, block]`."""
 
+    weights: jax.Array  # of all weights: 1, but for rounding
     by_weights: jax.Array  # of the products of weights and their cotangents
     small: jax.Array  # of the weights up to 1 / 2
     by_small: jax.Array  # of the products of these and their cotangents
+    kept: jax.Array  # of the weights that a window keeps: of the sinks, and then of ever more keys
+    by_kept: jax.Array  # of the products of these and their cotangents
 
 
 def _by_distance(
@@ -181,31 +189,46 @@ def _by_distance(
     def add_to_row(row: jax.Array, column: jax.Array, sums: _Row) -> _Row:
         weights, by_weights, _ = tile(row, column)
         small = jnp.where(weights > 0.5, 0, weights)
-        parts = weights * by_weights, small, small * by_weights
+        of_sinks = jnp.where(sinks[column][:, None, None], weights, 0)
+        parts = weights, weights * by_weights, small, small * by_weights, of_sinks, of_sinks * by_weights
         return _Row(*(total + part.sum(axis=3) for total, part in zip(sums, parts, strict=True)))
 
-    def add_to_distances(of_row: _Row, row: jax.Array, column: jax.Array, sums: jax.Array) -> jax.Array:
+    def add_to_distances(row: jax.Array, step: jax.Array, carry: tuple[_Row, jax.Array]) -> tuple[_Row, jax.Array]:
+        of_row, sums = carry
+        column = row - step  # from near to far
         weights, by_weights, distance = tile(row, column)
-        total, small, by_small = (x[..., None] for x in of_row)
+        whole, total, small, by_small, kept, by_kept = (x[..., None] for x in of_row)
         # E / A, the mean cotangent of the other weights less this one's. Beside a weight near 1 the others' sums are
         # taken as such: as differences from the sums over all they would be lost to rounding.
         beside_large = by_small / jnp.where(small > 0, small, 1) - by_weights
         change = jnp.where(weights > 0.5, beside_large, (total - by_weights) / (1 - jnp.minimum(weights, 0.5)))
         influence = jnp.where(distance > 0, jnp.abs(weights * change), 0)
         is_sink = sinks[column][:, None, None]
-        apart = jnp.stack([jnp.where(is_sink, 0, influence), jnp.where(is_sink, influence, 0)]).sum(axis=1)
+        mean = total / jnp.where(whole > 0, whole, 1)
+        # A window of a pair's distance keeps the keys behind that of the pair, and the sinks.
+        here = jnp.where(is_sink, 0, weights)
+        near, by_near = (jnp.cumsum(x[..., ::-1], axis=3)[..., ::-1] for x in (here, here * by_weights))
+        kept, by_kept = (before + _behind(sums) for before, sums in ((kept, near), (by_kept, by_near)))
+        together = jnp.where((distance > 0) & (kept > 0), jnp.abs(by_kept / jnp.where(kept > 0, kept, 1) - mean), 0)
+        apart = jnp.stack([jnp.where(is_sink, 0, influence), jnp.where(is_sink, influence, 0), together]).sum(axis=1)
+        of_row = of_row._replace(kept=of_row.kept + near[..., 0], by_kept=of_row.by_kept + by_near[..., 0])
         start = (row - column) * block
         before = jax.lax.dynamic_slice_in_dim(sums, start, 2 * block - 1, axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(sums, before + _diagonal_sums(apart), start, axis=2)
+        return of_row, jax.lax.dynamic_update_slice_in_dim(sums, before + _diagonal_sums(apart), start, axis=2)
 
     def add_row(row: jax.Array, sums: jax.Array) -> jax.Array:
-        none = _Row(*[jnp.zeros((batch, heads, block), jnp.float32)] * 3)
+        none = _Row(*[jnp.zeros((batch, heads, block), jnp.float32)] * len(_Row._fields))
         of_row = jax.lax.fori_loop(0, row + 1, functools.partial(add_to_row, row), none)
-        return jax.lax.fori_loop(0, row + 1, functools.partial(add_to_distances, of_row, row), sums)
+        return jax.lax.fori_loop(0, row + 1, functools.partial(add_to_distances, row), (of_row, sums))[1]
 
     # Distance d is at d + block - 1: a tile on the diagonal has negative ones too.
-    sums = jnp.zeros((2, heads, (blocks + 1) * block - 1), jnp.float32)
+    sums = jnp.zeros((3, heads, (blocks + 1) * block - 1), jnp.float32)
     return jax.lax.fori_loop(0, blocks, add_row, sums)[..., block - 1 : block - 1 + length]
+
+
+def _behind(sums: jax.Array) -> jax.Array:
+    """Of sums over a column and all behind it, `[..., R]`, those without the column itself; no rounding takes part."""
+    return jnp.pad(sums[..., 1:], [(0, 0)] * (sums.ndim - 1) + [(0, 1)])
 
 
 def _is_first(segment_ids: jax.Array, count: int) -> jax.Array:

@@ -42,14 +42,24 @@ def dense_influence(weights, by_weights):
     return influence
 
 
-def by_distance(influence, num_sinks, begins=(0,)):
-    """`[2, N, T]`: sums of `|E|` over the batch and the rows, of keys behind sinks and of sinks; 0 at distance 0."""
+def expected_profile(weights, by_weights, num_sinks, begins=(0,)):
+    """`[3, N, T]`: sums over the batch and rows of `|E|` by distance, of keys behind sinks and of sinks, and of `|J|`.
+
+    `J` by its meaning: the change from the weights to those that are left by a window, which sum to 1 again.
+    """
+    influence = dense_influence(weights, by_weights)
     _, heads, length, _ = influence.shape
-    sums = np.zeros((2, heads, length))
+    column = np.arange(length)
+    is_sink = np.any([(column >= begin) & (column < begin + num_sinks) for begin in begins], axis=0)
+    sums = np.zeros((3, heads, length))
     for row in range(length):
-        for column in range(row):
-            is_sink = any(0 <= column - begin < num_sinks for begin in begins)
-            sums[int(is_sink), :, row - column] += np.abs(influence[:, :, row, column]).sum(axis=0)
+        for distance in range(1, row + 1):
+            sums[int(is_sink[row - distance]), :, distance] += np.abs(influence[:, :, row, row - distance]).sum(axis=0)
+            left = weights[:, :, row] * ((row - column < distance) | is_sink)
+            left /= left.sum(axis=2, keepdims=True)
+            sums[2, :, distance] += np.abs(((left - weights[:, :, row]) * by_weights[:, :, row]).sum(axis=2)).sum(
+                axis=0
+            )
     return sums
 
 
@@ -62,7 +72,7 @@ def test_the_profile_is_the_dense_one_summed_by_distance(documents, monkeypatch)
 
     @jax.jit
     def profiled(*arrays):
-        tap = jnp.ones((2, HEADS, LENGTH))
+        tap = jnp.ones((3, HEADS, LENGTH))
         segment_ids = None if documents == 1 else ids
         attend = functools.partial(influential_attention, segment_ids=segment_ids, num_sinks=SINKS)
         return jax.vjp(attend, *arrays, tap)[1](by_output)[3]
@@ -72,10 +82,11 @@ def test_the_profile_is_the_dense_one_summed_by_distance(documents, monkeypatch)
     query, key, value, by_output = (x.astype(np.float64) for x in (query, key, value, by_output))
     weights = dense_weights(query, key, mask)
     assert weights[:, :, 1:].max() > 0.9999  # where differences from 1 would be lost to rounding
-    influence = dense_influence(weights, np.einsum("bqnh,bknh->bnqk", by_output, value))
-    expected = by_distance(influence, SINKS, np.unique(ids[0], return_index=True)[1])
+    by_weights = np.einsum("bqnh,bknh->bnqk", by_output, value)
+    expected = expected_profile(weights, by_weights, SINKS, np.unique(ids[0], return_index=True)[1])
     assert (expected[:, :, 1:4] > 0).all()
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found[2], expected[2], rtol=2e-5, atol=2e-6 * expected[2].max())  # differences of means
 
 
 def test_influence_is_what_taking_a_key_out_does_to_the_loss_to_first_order():
@@ -136,7 +147,7 @@ def test_the_profile_of_a_model_is_that_of_its_dense_weights_in_every_layer(monk
     by_weights, attention = jax.jit(jax.grad(dense, has_aux=True))(zeros, jnp.asarray(tokens[:2], jnp.int32))
     for layer in range(2):
         g, a = (np.asarray(x[layer], np.float64) for x in (by_weights, attention))
-        expected = by_distance(dense_influence(a, g), SINKS)
+        expected = expected_profile(a, g, SINKS)
         assert expected.max() > 1e-4
         np.testing.assert_allclose(profiles[layer], expected, rtol=1e-3, atol=1e-4 * expected.max())
 
@@ -145,7 +156,7 @@ def test_memory_is_linear_in_length(monkeypatch):
     monkeypatch.setattr(models.influence, "BLOCK", 64)
     length = 2048
     arrays = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 4
-    tap = jax.ShapeDtypeStruct((2, 1, length), jnp.float32)
+    tap = jax.ShapeDtypeStruct((3, 1, length), jnp.float32)
     profiled = lambda tap, by_output, *arrays: jax.vjp(influential_attention, *arrays, tap)[1](by_output)[3]
     compiled = jax.jit(profiled).lower(tap, *arrays).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length * length  # a quarter of one matrix in float32

@@ -16,18 +16,23 @@ from train.moa.choose import candidates, choose, densities, lost, uniform, windo
 def test_density_and_loss_are_those_of_the_mask(length, num_sinks):
     row, column = np.indices((length, length))
     influence = np.random.default_rng(0).uniform(size=(2, 3, length, length)) * (column < row)  # [layers, heads, T, T]
-    profile = np.zeros((2, 2, 3, length))
+    profile = np.zeros((2, 3, 3, length))
     for i, j in itertools.product(range(length), repeat=2):
         profile[:, int(j < num_sinks), :, i - j] += influence[..., i, j]
     every = np.arange(1, length + 1)
-    losses, costs = lost(profile, every), densities(every, num_sinks, length)
+    losses, costs = lost(profile, every, "pairs"), densities(every, num_sinks, length)
     for place, window in enumerate(every):
         mask = (column <= row) & ((row - column < window) | (column < num_sinks))
         assert costs[place] == pytest.approx(mask.sum() / (column <= row).sum())
         np.testing.assert_allclose(losses[..., place], influence[..., ~mask].sum(axis=2), atol=1e-12)
+    profile[:, 2] = np.random.default_rng(1).uniform(size=(2, 3, length))  # what windows lose, told as such
+    together = lost(profile, every, "together")
+    np.testing.assert_array_equal(together[..., :-1], profile[:, 2, :, 1:])
+    assert (together[..., -1] == 0).all()
     own = np.array([[1, 2, length], [2, 1, 2]])
     np.testing.assert_array_equal(
-        lost(profile, own[..., None])[..., 0], [[losses[a, b, own[a, b] - 1] for b in range(3)] for a in range(2)]
+        lost(profile, own[..., None], "pairs")[..., 0],
+        [[losses[a, b, own[a, b] - 1] for b in range(3)] for a in range(2)],
     )
 
 

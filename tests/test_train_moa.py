@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import train.moa.command
 from models import ModelConfig
 from models.influence import hang_taps
 from train.__main__ import main
-from train.config import OptimizerConfig
+from train.config import Config, DataConfig, OptimizerConfig
 from train.errors import TrainError
 from train.folder import load_config
+from train.moa.command import MoaOptions, _lengths
 from train.moa.evaluate import under_plan
 from train.moa.plan import Plan, load_plan, save_plan
 from train.step import init
@@ -135,7 +137,7 @@ UNPLANNED = {
 
 
 def test_what_cannot_be_planned_is_one_line(trained, monkeypatch, capsys):
-    even = lambda model, state, corpus, data, *rest: np.ones((1, 2, 2, data.seq_len))
+    even = lambda model, state, corpus, data, *rest: np.ones((1, 3, 2, data.seq_len))
     monkeypatch.setattr(train.moa.command, "profile", even)
     for arguments, message in UNPLANNED.items():
         assert main(["moa", *arguments.split()]) == 2
@@ -157,3 +159,23 @@ def test_a_start_from_another_model_is_one_line(trained, start, tmp_path, capsys
         assert start(attention="dense", **options, start_from=trained, out=tmp_path / "other") == 2
         assert "has other parameters than this one" in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("unit", "asked", "found"),
+    [
+        ("byte", (), (8, 16, 32)),
+        ("byte", (64, 20, 64), (20, 64)),
+        ("byte", (101,), "at most 99, the training part, got 101"),
+        ("pixel", (), (32,)),
+        ("pixel", (16,), "must be 32, that of an image, got 16"),
+    ],
+)
+def test_lengths_are_those_asked_for_or_follow_the_run(unit, asked, found):
+    corpus = types.SimpleNamespace(unit=unit, train=np.zeros(100))
+    arguments = MoaOptions("run", lengths=asked), Config(data=DataConfig(seq_len=32)), corpus
+    if isinstance(found, tuple):
+        assert _lengths(*arguments) == found
+    else:
+        with pytest.raises(TrainError, match=found):
+            _lengths(*arguments)

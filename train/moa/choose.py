@@ -15,8 +15,9 @@ import numpy as np
 from train.errors import TrainError
 
 Objective = Literal["mean", "max"]
+Count = Literal["pairs", "together"]
 
-BETAS = np.arange(9) / 8  # as in the authors' code
+BETAS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32]) / 32
 STEPS = 16  # windows between 0 and the shortest length
 SECONDS = 300.0  # for the integer program
 
@@ -38,9 +39,9 @@ def densities(window: np.ndarray, num_sinks: int, length: int) -> np.ndarray:
 def candidates(lengths: Sequence[int]) -> np.ndarray:
     """The rules to choose from.
 
-    At the shortest length their windows are the powers of two and the sixteenths of it; `beta` is a multiple of 1/8,
-    and `alpha` follows, below 0 too. Of rules whose windows are the same at all lengths only the one with the least
-    `beta` is there.
+    At the shortest length their windows are the powers of two and the sixteenths of it; `beta` is one of `BETAS`, and
+    `alpha` follows, below 0 too. Of rules whose windows are the same at all lengths only the one with the least `beta`
+    is there.
 
     Args:
         lengths: Those that are profiled.
@@ -56,16 +57,20 @@ def candidates(lengths: Sequence[int]) -> np.ndarray:
     return rules[np.sort(first)]
 
 
-def lost(profile: np.ndarray, window: np.ndarray) -> np.ndarray:
+def lost(profile: np.ndarray, window: np.ndarray, count: Count) -> np.ndarray:
     """The influence of the pairs that a window leaves out: that of larger distances, but for the sinks.
 
     Args:
-        profile: `[layers, 2, heads, T]`, of `train.moa.profile.profile`.
+        profile: `[layers, 3, heads, T]`, of `train.moa.profile.profile`.
         window: int `[rules]`, or `[layers, heads, rules]` with rules of each head's own.
+        count: Whether pairs are left out one by one, or each query's together.
 
     Returns:
         float64 `[layers, heads, rules]`, nats a token.
     """
+    if count == "together":
+        behind = np.concatenate([profile[:, 2], np.zeros_like(profile[:, 2, :, :1])], axis=2)
+        return np.take_along_axis(behind, np.broadcast_to(window, (*behind.shape[:2], np.shape(window)[-1])), axis=2)
     behind = np.cumsum(profile[:, 0, :, ::-1], axis=2)[..., ::-1]  # at distance d and beyond
     behind = np.concatenate([behind, np.zeros_like(behind[..., :1])], axis=2)
     return np.take_along_axis(behind, np.broadcast_to(window, (*behind.shape[:2], np.shape(window)[-1])), axis=2)

@@ -52,6 +52,9 @@ class MoaOptions:
     """Tokens at the beginning of a sequence that every head keeps in sight."""
     objective: choose.Objective = "mean"
     """What the plan makes least: the mean over the lengths of the predicted losses, or the largest."""
+    count: choose.Count = "together"
+    """What is predicted: the loss where each query loses all that lies beyond its window, or, as in the paper, where it
+    loses these pairs one by one."""
     tokens: int = 65_536
     """Tokens of the training part to profile on at each length, about; 0 for all."""
     eval_tokens: int = 65_536
@@ -143,24 +146,28 @@ def _choose(
     options: MoaOptions, model: ModelConfig, lengths: Sequence[int], profiles: Sequence[np.ndarray]
 ) -> tuple[dict[str, Plan], dict[str, Any]]:
     """The plan and the uniform one, and what to record of them."""
-    rules = choose.candidates(lengths)
+    uniform = choose.uniform(options.density, options.sinks, lengths)
+    # With the uniform rule among them, no plan is predicted to lose more than it.
+    rules = np.concatenate([choose.candidates(lengths), uniform[None]])
     windows = [choose.windows(rules, length) for length in lengths]
     losses = np.stack(
-        [choose.lost(p, window).reshape(-1, len(rules)) for p, window in zip(profiles, windows, strict=True)]
+        [
+            choose.lost(p, window, options.count).reshape(-1, len(rules))
+            for p, window in zip(profiles, windows, strict=True)
+        ]
     )
     costs = np.stack(
         [choose.densities(window, options.sinks, length) for window, length in zip(windows, lengths, strict=True)]
     )
     choice = choose.choose(losses, costs, options.density, options.objective)
     shape = model.layers, model.heads, 2
-    uniform = choose.uniform(options.density, options.sinks, lengths)
     plans = {
         "plan": plan_of(rules[choice.rules].reshape(shape), options.sinks),
         "uniform": plan_of(np.broadcast_to(uniform, shape), options.sinks),
     }
     predicted = {
         name: [
-            float(choose.lost(p, plan.windows(length)[..., None]).sum())
+            float(choose.lost(p, plan.windows(length)[..., None], options.count).sum())
             for p, length in zip(profiles, lengths, strict=True)
         ]
         for name, plan in plans.items()
@@ -168,6 +175,7 @@ def _choose(
     record = {
         "density": options.density,
         "objective": options.objective,
+        "count": options.count,
         "rules_to_choose_from": len(rules),
         "objective_value": choice.objective,
         "objective_bound": choice.bound,

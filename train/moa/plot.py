@@ -18,7 +18,7 @@ def plot_plan(plan: Plan, uniform: Plan, lengths: Sequence[int], profile: np.nda
         plan: The plan.
         uniform: That of one window for all heads.
         lengths: Those that were profiled.
-        profile: At the longest of them, `[layers, 2, heads, T]`.
+        profile: At the longest of them, `[layers, 3, heads, T]`.
         path: The PNG to write.
     """
     figure = new_figure("Windows of the heads, and the influence that lies beyond them", 12, 7)

@@ -31,7 +31,7 @@ def profile(
         max_tokens: About how many tokens to read.
 
     Returns:
-        float64 `[layers, 2, heads, data.seq_len]`, nats a token: the mean over sequences of what
+        float64 `[layers, 3, heads, data.seq_len]`, nats a token: the mean over sequences of what
         `models.influence.influential_attention` sums up, where the loss is the mean over the tokens of a sequence.
     """
     step = jax.jit(functools.partial(profile_step, model, num_sinks))
@@ -45,7 +45,7 @@ def profile(
 def profile_step(
     model: LanguageModel, num_sinks: int, params: Any, fixed: Any, batch: Batch, weights: jax.Array
 ) -> jax.Array:
-    """The profile of sequences `[B, T + 1]` weighted by `[B]`: their sum, float32 `[layers, 2, heads, T]`."""
+    """The profile of sequences `[B, T + 1]` weighted by `[B]`: their sum, float32 `[layers, 3, heads, T]`."""
     tokens, targets, segment_ids = inputs_and_targets(batch)
     length = tokens.shape[1]
     config = model.merge(params, fixed).config
@@ -57,7 +57,7 @@ def profile_step(
         share = jnp.broadcast_to(weights[:, None] / length, targets.shape)
         return cross_entropy(features, transformer.embedding.embedding[...], targets, share)
 
-    return jax.grad(loss)(jnp.zeros((config.layers, 2, config.heads, length)))
+    return jax.grad(loss)(jnp.zeros((config.layers, 3, config.heads, length)))
 
 
 def calibration(data: DataConfig, length: int) -> DataConfig:

@@ -60,11 +60,11 @@ def test_an_index_allows_exactly_the_pattern_within_segments(pattern, data):
 @pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
 @settings(max_examples=examples(8))
 @given(kind=st.sampled_from(SEGMENT_KINDS), seed=st.integers(0, 2**32 - 1))
-def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, kind, seed):
+def test_results_and_gradients_are_as_exact_as_plain_attention(one_implementation, pattern, kind, seed):
     rng = np.random.default_rng(seed)
     more = {} if pattern == "range" else {"offset": jnp.array([seed % 40, -3], jnp.int32)}
     case = in_segments(make_case(pattern, rng, Shape(2, 50, 77, 4, 2, 24), jnp.float32, **more), rng, kind)
-    compiled = case.compiled(implementation=implementation, block_sizes=SMALL_BLOCKS)
+    compiled = case.compiled(implementation=one_implementation, block_sizes=SMALL_BLOCKS)
     assert_as_exact_as_plain(compiled, case.query, case.key, case.value, case.mask)
 
 

@@ -25,6 +25,8 @@ import pytest
 
 MAPS = pathlib.Path("/proc/self/maps")
 HAS_GPU = jax.default_backend() == "gpu"
+# Options of `jax.jit` where two programs are to agree bit for bit: XLA's own choice, which a flag above takes from it.
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters=false" in os.environ["XLA_FLAGS"] else {}
 IMPLEMENTATIONS = ("triton",) if HAS_GPU else ("xla", "triton_interpret")
 
 

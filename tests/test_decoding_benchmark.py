@@ -11,7 +11,7 @@ from models.presets import PRESETS
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", ModelConfig(preset="tiny", layers=1, width=16, heads=2))
+    monkeypatch.setitem(PRESETS, "tiny", ModelConfig(preset="tiny", layers=1, width=16, heads=2, dtype="float32"))
 
 
 def test_it_times_a_prompt_and_tokens_with_and_without_a_cache(tmp_path, capsys):

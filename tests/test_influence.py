@@ -154,9 +154,12 @@ def test_the_profile_of_a_model_is_that_of_its_dense_weights_in_every_layer(monk
 
 def test_memory_is_linear_in_length(monkeypatch):
     monkeypatch.setattr(models.influence, "BLOCK", 64)
-    length = 2048
-    arrays = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 4
-    tap = jax.ShapeDtypeStruct((3, 1, length), jnp.float32)
     profiled = lambda tap, by_output, *arrays: jax.vjp(influential_attention, *arrays, tap)[1](by_output)[3]
-    compiled = jax.jit(profiled).lower(tap, *arrays).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < length * length  # a quarter of one matrix in float32
+    needed = []
+    for length in (1024, 2048):
+        arrays = [jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)] * 4
+        tap = jax.ShapeDtypeStruct((3, 1, length), jnp.float32)
+        compiled = jax.jit(profiled).lower(tap, *arrays).compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
+    # The growth, since a GPU's matrix products also have a workspace of fixed size. One matrix grows by 12 MiB.
+    assert needed[1] - needed[0] < 2**20

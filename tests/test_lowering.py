@@ -1,15 +1,32 @@
 """The kernels lower for CUDA on a machine without a GPU, forward and backward, and read and write in place."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Shape, make_case
 from conftest import HAS_GPU
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import scfa_jax
+from scfa_jax.nnx import (
+    BigBird,
+    CausalSelfAttention,
+    Fixed,
+    KeepTop,
+    KMeansHash,
+    LearnedHash,
+    Longformer,
+    PermutationHash,
+    SparseK,
+    Strided,
+    Window,
+)
+from scfa_jax.sparsity import Sparsity
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
@@ -118,6 +135,52 @@ def test_kernels_get_the_callers_arrays_and_no_sorted_copies():
                 yield from movers(inner)
 
     assert not list(movers(jaxpr.jaxpr))
+
+
+def launches(jaxpr):
+    """The names of all kernels; in the text, parts of one shape may share a function that is called twice."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield str(equation.params["name"])
+        for inner in jaxprs_in_params(equation.params):
+            yield from launches(inner)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "marked", "sorts"),
+    [
+        (KeepTop(0.4, "learned"), 1, 0, 2),
+        (LearnedHash(4), 1, 1, 2),
+        (KMeansHash(4), 1, 1, 2),
+        (PermutationHash(4), 1, 1, 2),
+        (SparseK(8, 8, 32), 2, 2, 0),  # the window, and copies of the selected keys
+        (Window((8, 16, 32, 64), num_sinks=4), 2, 2, 0),  # the sinks, and the windows whatever their lengths
+        (Longformer(16, 32), 3, 1, 4),  # the window, global keys, and the other keys for global queries
+        (BigBird(16, num_global=4, num_random=1, block=16), 3, 2, 2),  # the window, global keys, a random block
+        (Strided(16), 2, 2, 1),  # the window, and the column, whose sides are sorted at once
+        (Fixed(16, 2), 2, 1, 4),  # the block, likewise but by 67 buckets, which take two passes; and summaries
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Sparsity) else str(x),
+)
+def test_modules_launch_each_part_once_and_hold_nothing_of_the_square_of_the_length(kind, parts, marked, sorts):
+    """Marked are the parts with keys that no query may attend to; a sort is of one side of a part."""
+    options = {"sparsity": kind, "dtype": jnp.bfloat16, "implementation": "triton"}
+    made = nnx.eval_shape(lambda: CausalSelfAttention(64, 4, num_key_value_heads=2, rngs=nnx.Rngs(0), **options))
+    graph, params, kept = nnx.split(made, nnx.Param, ...)
+
+    def loss(params, x, kept):
+        return jnp.sum(nnx.merge(graph, params, kept)(x, deterministic=True).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(H100):
+        x = jax.ShapeDtypeStruct((2, 1035, 64), jnp.bfloat16)
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(params, x, kept)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    is_ascending = parts - isinstance(kind, BigBird)  # ranges of random blocks are not
+    counted = {"forward": parts, "dq": parts, "dkv": parts, "bounds": BOUNDS * is_ascending, "marks": MARKS * marked}
+    counted |= {"count": sorts, "place": sorts}
+    assert Counter(launches(traced.jaxpr.jaxpr)) == {f"scfa_{name}": n for name, n in counted.items() if n}
+    assert number_of_kernels(text) > 0
+    assert "1035x1035" not in text
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")

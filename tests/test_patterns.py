@@ -10,9 +10,7 @@ from cases import SEGMENT_KINDS, SMALL_BLOCKS, Shape, arrays, segment_ids
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 from test_index import as_mask
-from test_lowering import ATTENTION, BOUNDS, H100, MARKS, SORT, lowered_for_cuda, number_of_kernels
 from tolerance import assert_as_exact_as_plain, results_and_gradients
 
 import scfa_jax
@@ -182,32 +180,6 @@ def test_window_attention_with_sinks_is_as_exact_as_plain_attention():
 
 
 X = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("attend", "kernels"),
-    [
-        # All heads' windows in one launch, and the sinks in a second.
-        (partial(scfa_jax.window_attention, window=jnp.array([9, 70], jnp.int32), num_sinks=4), 2 * MARKS),
-        (
-            lambda *qkv, **options: scfa_jax.union_attention(*qkv, patterns.strided(128, 128, 8), **options),
-            2 * MARKS + SORT,
-        ),
-    ],
-    ids=["window", "strided"],
-)
-def test_gradients_lower_to_a_few_kernels(attend, kernels):
-    gradient = jax.grad(lambda *qkv: jnp.sum(attend(*qkv, implementation="triton").astype(jnp.float32)), (0, 1, 2))
-
-    def launches(jaxpr):
-        inner = (launches(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))
-        here = [equation.primitive.name == "pallas_call" for equation in jaxpr.eqns]
-        return sum(here) + sum(inner)
-
-    with jax.sharding.use_abstract_mesh(H100):
-        # In the text, parts of one shape may share a function that is called twice.
-        assert launches(jax.make_jaxpr(gradient)(X, X, X).jaxpr) == 2 * (ATTENTION + BOUNDS) + kernels
-    assert number_of_kernels(lowered_for_cuda(gradient, X, X, X)) >= ATTENTION + BOUNDS
 
 
 def test_only_the_tiles_of_the_parts_are_visited():

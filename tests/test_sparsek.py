@@ -10,7 +10,6 @@ import pytest
 from cases import SMALL_BLOCKS
 from conftest import IMPLEMENTATIONS, examples
 from hypothesis import strategies as st
-from test_lowering import ATTENTION, lowered_for_cuda, number_of_kernels
 
 import scfa_jax
 from scfa_jax import reference
@@ -262,16 +261,6 @@ def test_what_takes_no_part_reaches_nothing(implementation):
     first = position // options["chunk_size"] * options["chunk_size"] - options["window"] + 1
     window = jax.jit(reference.range_attention)(query[1:], key[1:], value[1:], first, position + 1)
     np.testing.assert_allclose(output[1:], window, atol=1e-5)
-
-
-def test_lowers_for_cuda_with_nothing_of_the_square_of_the_length():
-    (query, key, value, scores), _, _ = problem("chunks", "bfloat16")
-    options = {"num_keys": 16, "window": 16, "chunk_size": 32, "implementation": "triton"}
-    longer = [jnp.tile(x, (1, 23) + (1,) * (x.ndim - 2)) for x in (query, key, value, scores)]  # 1,035 long
-    loss = lambda *arrays: jnp.sum(scfa_jax.sparsek_attention(*arrays, **options).astype(jnp.float32))
-    text = lowered_for_cuda(jax.grad(loss, (0, 1, 2, 3)), *longer)
-    assert number_of_kernels(text) >= 2 * ATTENTION
-    assert "1035x1035" not in text
 
 
 GOOD = {"num_keys": 4, "window": 6, "chunk_size": 8}

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from scfa_jax import partitioning
 from scfa_jax.sorting import iota, iota_like
 
 
@@ -29,8 +30,11 @@ def gather_rows(x: jax.Array, rows: jax.Array, is_row: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(length: int, x: jax.Array, rows: jax.Array) -> jax.Array:
-    copies = jnp.take_along_axis(x, rows[..., None], axis=1, mode="clip")
-    return jnp.where((rows < length)[..., None], copies, 0)
+    def copies(x, rows):
+        copied = jnp.take_along_axis(x, rows[..., None], axis=1, mode="clip")
+        return (jnp.where((rows < length)[..., None], copied, 0),)
+
+    return partitioning.split(copies, ["b.h.", "b.h"], ["b.h."])(x, rows)[0]
 
 
 def _gather_forward(length: int, x: jax.Array, rows: jax.Array):
@@ -39,7 +43,8 @@ def _gather_forward(length: int, x: jax.Array, rows: jax.Array):
 
 def _gather_backward(length: int, rows: jax.Array, cotangent: jax.Array):
     by_head = jax.vmap(functools.partial(_sum_by_row, length), in_axes=(1, 1), out_axes=1)
-    return jax.vmap(by_head)(rows, cotangent), None
+    sums = partitioning.split(lambda *arrays: (jax.vmap(by_head)(*arrays),), ["b.h", "b.h."], ["b.h."])
+    return *sums(rows, cotangent), None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

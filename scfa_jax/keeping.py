@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from scfa_jax import partitioning
+
 
 def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax.Array | None = None) -> jax.Array:
     """Keeps each key whose score is among the top fraction of the scores so far.
@@ -36,20 +38,27 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
         (1, 64, 2, 16)
     """
     _check(scores, fraction, segment_ids)
-    scores = jax.lax.stop_gradient(scores).swapaxes(1, 2)  # [B, K, T]
+    scores, fraction = jax.lax.stop_gradient((scores.swapaxes(1, 2), jnp.asarray(fraction, jnp.float32)))
+    segments = None if segment_ids is None else segment_ids[:, None]
+    (keep,) = partitioning.split(_kept, ["bh.", "", "bh."], ["bh."])(scores, fraction, segments)
+    return keep.swapaxes(1, 2)
+
+
+def _kept(scores: jax.Array, fraction: jax.Array, segments: jax.Array | None) -> tuple[jax.Array]:
+    """`keep_top` of scores `[B, K, T]` with segments `[1 or B, 1, T]`."""
     places = jnp.arange(scores.shape[2], dtype=jnp.int32)
-    if segment_ids is None:
+    if segments is None:
         order = jnp.argsort(-scores, axis=2, stable=True)
-        return (_smaller_before(order) < fraction * (places + 1)).swapaxes(1, 2)
+        return (_smaller_before(order) < fraction * (places + 1),)
     # Segments one after another: then a rank among all keys that came before is one within the segment.
-    line = jnp.argsort(jnp.broadcast_to(segment_ids, (scores.shape[0], places.size)), axis=1, stable=True)[:, None]
-    segments = jnp.take_along_axis(segment_ids[:, None], line, axis=2)
+    line = jnp.argsort(jnp.broadcast_to(segments, (scores.shape[0], 1, places.size)), axis=2, stable=True)
+    segments = jnp.take_along_axis(segments, line, axis=2)
     scores = jnp.take_along_axis(scores, line, axis=2)
     order = jnp.lexsort((-scores, jnp.broadcast_to(-segments, scores.shape)), axis=2)
     begins = jnp.diff(segments, axis=2, prepend=segments[..., :1] - 1) != 0
     first = jax.lax.cummax(jnp.where(begins, places, 0), axis=2)
     keep = _smaller_before(order) < fraction * (places - first + 1)
-    return jnp.take_along_axis(keep, jnp.argsort(line, axis=2), axis=2).swapaxes(1, 2)
+    return (jnp.take_along_axis(keep, jnp.argsort(line, axis=2), axis=2),)
 
 
 def _check(scores: jax.Array, fraction: jax.Array | float, segment_ids: jax.Array | None) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, dispatch, remat
+from scfa_jax import _checks, dispatch, partitioning, remat
 from scfa_jax.gather import gather_rows
 from scfa_jax.index import SparseIndex
 from scfa_jax.merge import merge_attention
@@ -145,7 +145,7 @@ def sparsek_attention(
     highest, place = best_so_far(pool[..., : (num_chunks - 1) * chunk_size], options)
     row, is_candidate = (x.transpose(0, 2, 3, 1) for x in (place - lead, highest > -jnp.inf))  # [B, M, C, K]
     by_chunk = lambda x, count: gather_rows(x, *(_one_axis(y[:, :, :count]) for y in (row, is_candidate)))
-    chosen_scores = by_chunk(scores[..., None], options.num_candidates).reshape(row.shape)
+    chosen_scores = by_chunk(scores[..., None], options.num_candidates)[..., 0].reshape(row.shape)
     chosen_scores = jnp.where(is_candidate, chosen_scores, -jnp.inf)
     chosen_key, chosen_value = jnp.split(by_chunk(jnp.concatenate([key, value], axis=3), num_keys), 2, axis=3)
 
@@ -210,8 +210,12 @@ def best_so_far(
         Scores float32 `[B, K, M, C]`, descending, -inf where there are no more; and their places in the pool, int32,
         ascending among equal scores. No gradient flows through them.
     """
-    pool, count = jax.lax.stop_gradient(pool), options.num_candidates
-    batch, heads, length = pool.shape
+    find = partitioning.split(functools.partial(_best_so_far, options), ["bh.", "bh."], ["bh..", "bh.."])
+    return remat.named_index(find(*jax.lax.stop_gradient((pool, before))))
+
+
+def _best_so_far(options: Selection, pool: jax.Array, before: tuple[jax.Array, jax.Array] | None):
+    (batch, heads, length), count = pool.shape, options.num_candidates
     rows = (batch, heads, length // options.chunk_size, options.chunk_size)
     added = _descending(pool.reshape(rows), iota_like(pool).reshape(rows), count)
     if before is None:
@@ -224,7 +228,7 @@ def best_so_far(
         is_left = score >= other_score  # of equal ones the earlier
         return _descending(jnp.where(is_left, score, other_score), jnp.where(is_left, place, other_place), count)
 
-    return remat.named_index(jax.lax.associative_scan(merge, tuple(of_chunk), axis=2))
+    return jax.lax.associative_scan(merge, tuple(of_chunk), axis=2)
 
 
 def _descending(scores: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

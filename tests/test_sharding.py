@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import scfa_jax
 from scfa_jax import reference
+from scfa_jax.kmeans import member_sums, random_centroids, update_centroids
 from scfa_jax.sharding import to_heads, to_sequence
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, such as those that a CPU can simulate")
@@ -128,6 +129,42 @@ def test_several_rounds_on_parts():
     want = jax.jit(case.dense)(case.query, case.key, case.value, *rounds)
     assert_close(got, want)
     assert not collectives
+
+
+def kept(query, key, value, scores):
+    ids = jnp.arange(scores.shape[1], dtype=jnp.int32)[None] // 13
+    return [scfa_jax.keep_top(scores, 0.4), scfa_jax.keep_top(scores, 0.4, segment_ids=ids)]
+
+
+def moved_centroids(query, key, value, scores):
+    centroids = random_centroids(jax.random.key(0), 2, 16, 4)
+    return update_centroids(centroids, member_sums(key, scfa_jax.kmeans_hash(key, centroids), 4), 0.9)
+
+
+def selected(query, key, value, scores):
+    def loss(*arrays):
+        output = scfa_jax.sparsek_attention(*arrays, num_keys=2, window=4, chunk_size=8, implementation=IMPLEMENTATION)
+        return jnp.sum(jnp.sin(output)), output
+
+    return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(query, key, value, scores)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "sums"),
+    [
+        (AxisType.Explicit, kept, set()),
+        (AxisType.Auto, moved_centroids, {"all-reduce"}),  # over the batch
+        (AxisType.Explicit, selected, set()),  # forward and backward
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_keys_are_chosen_on_parts(kind, choice, sums):
+    """By their score, by centroids, and by SparseK."""
+    mesh, case = mesh_of(kind, (2, 2)), case_of("causal", Shape(2, 29, 29, 4, 2, 16))
+    arrays = case.query, case.key, case.value, jax.random.normal(jax.random.key(0), (2, 29, 2))
+    got, collectives = run(mesh, choice, *(sharded(mesh, x) for x in arrays))
+    assert_close(got, jax.jit(choice)(*arrays))
+    assert {name for name, _ in collectives} == sums
 
 
 def test_one_index_for_all_heads_and_batch_elements():

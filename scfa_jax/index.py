@@ -146,7 +146,7 @@ def causal_index(
     line = segments.line_up(
         query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation, window=windows
     )
-    index = _index(
+    index = index_in_line(
         line,
         key_place=None,
         key_code=iota(key_length)[None, None],
@@ -300,7 +300,7 @@ def keep_index(
     # Heads that share their keys' mask need not share their queries', and a segment may end in dropped queries.
     all_met = isinstance(line, Positions) and window is None and (query_keep.shape[1] == 1 or key_keep.shape[1] > 1)
     key_code = jnp.where(key_kept, key_place, NEVER)
-    index = _index(
+    index = index_in_line(
         line,
         key_place=key_place,
         key_code=_up_to(key_code, last_high) if all_met else key_code,
@@ -383,7 +383,7 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
     key_length = sorted_key.shape[-1]
     bucket = jax.lax.div(sorted_query, _length(query_length)) * key_length
     query_place = jax.lax.rem(sorted_query, _length(query_length))
-    return _index(
+    return index_in_line(
         line,
         key_place=jax.lax.rem(sorted_key, _length(key_length)),
         key_code=sorted_key,
@@ -422,10 +422,12 @@ def _rank_hash_index(
     key_id = jnp.broadcast_to(key_id, (batch, key_heads, key_id.shape[-1]))
     (query_id, query_place), (key_id, key_place) = sorting.sorted_ids(query_id, key_id)
     low, high = line.ranges(query_id, query_place, key_id, key_place, implementation)
-    return _index(line, key_place=key_place, key_code=iota_like(key_id), query_place=query_place, low=low, high=high)
+    return index_in_line(
+        line, key_place=key_place, key_code=iota_like(key_id), query_place=query_place, low=low, high=high
+    )
 
 
-def _index(
+def index_in_line(
     line: Positions | Segments,
     *,
     key_place: jax.Array | None,
@@ -434,7 +436,7 @@ def _index(
     low: jax.Array,
     high: jax.Array,
 ) -> SparseIndex:
-    """Finds the rows of places (None: all, in line) and leaves out padding."""
+    """The index of ranges of places: finds the rows of places (None: all, in line) and leaves out padding."""
     low, high = jnp.broadcast_arrays(low, high)  # windows may differ where nothing else does
     if isinstance(line, Positions):
         return SparseIndex(key_place, key_code, query_place, low, high)

@@ -280,8 +280,11 @@ def sparsek_gates(scores, k, *, where=None):
     return jnp.where(has_more, gates, takes_part.astype(scores.dtype))
 
 
-def sparsek_attention(query, key, value, scores, *, num_keys, window, chunk_size=128, num_candidates=None, **options):
+def sparsek_attention(
+    query, key, value, scores, *, num_keys, window, chunk_size=128, num_candidates=None, segment_ids=None, **options
+):
     """Dense `scfa_jax.sparsek_attention`: ranks the scores of all keys for every query."""
+    segment_ids = jnp.zeros((1, query.shape[-3]), jnp.int32) if segment_ids is None else jnp.atleast_2d(segment_ids)
     if query.ndim == 3:
         results = sparsek_attention(
             *(x[None] for x in (query, key, value, scores)),
@@ -289,13 +292,19 @@ def sparsek_attention(query, key, value, scores, *, num_keys, window, chunk_size
             window=window,
             chunk_size=chunk_size,
             num_candidates=num_candidates,
+            segment_ids=segment_ids,
             **options,
         )
         return jax.tree.map(lambda x: x[0], results)
     num_candidates = 2 * num_keys if num_candidates is None else num_candidates
     position = jnp.arange(query.shape[1])
-    first = position // chunk_size * chunk_size - window + 1  # of the window, for each query
-    is_earlier = position < first[:, None]  # [T, S]
+    segment = segment_ids.astype(jnp.uint32)  # padding is last
+    one, other = segment[:, :, None], segment[:, None]
+    is_before = (other < one) | ((other == one) & (position < position[:, None]))
+    place = is_before.sum(axis=2)[:, None]  # in line: [B or 1, 1, T]
+    first = (place // chunk_size * chunk_size - window + 1)[..., None]  # of the window, for each query
+    in_segment = segment_mask(segment_ids, segment_ids)  # [B or 1, 1, T, S]
+    is_earlier = in_segment & (place[:, :, None] < first)
     seen = jnp.where(is_earlier, scores.swapaxes(1, 2)[:, :, None], -jnp.inf)  # [B, K, T, S]
     seen = jnp.where(jnp.isnan(seen), -jnp.inf, seen)
     one, other = seen[..., :, None], seen[..., None, :]
@@ -303,7 +312,7 @@ def sparsek_attention(query, key, value, scores, *, num_keys, window, chunk_size
     rank = is_better.sum(axis=-1)
     is_candidate = (rank < num_candidates) & (seen > -jnp.inf)
     is_selected = is_candidate & (rank < num_keys)
-    is_local = (first[:, None] <= position) & (position <= position[:, None])
+    is_local = in_segment & (first <= place[:, :, None]) & (place[:, :, None] <= place[..., None])
     gates = jnp.where(is_local, 1, sparsek_gates(seen, num_keys, where=is_candidate))
     gates = jnp.repeat(gates, query.shape[2] // key.shape[2], axis=1)
     return _finish(query, key, value, is_selected | is_local, gates=gates, **options)

@@ -45,6 +45,10 @@ class Positions:
         """Lines up `[B, K, S]`."""
         return x
 
+    def key_rows(self, place: jax.Array) -> jax.Array:
+        """The rows of keys at places `[B, K, M]`."""
+        return place
+
     def first(self, place: jax.Array | None = None) -> jax.Array:
         """The place of the first key that queries may see; of all queries, or of those at `place`."""
         place = iota(self.query_length) if place is None else place
@@ -93,6 +97,9 @@ class Segments:
     def keys(self, x: jax.Array, padding) -> jax.Array:
         """Lines up `[B, K, S]`, with `padding` in the rows that take no part."""
         return _lined_up(x, self.key_order, self.num_keys, padding)
+
+    def key_rows(self, place: jax.Array) -> jax.Array:
+        return at_places(self.key_order, place)
 
     def first(self, place: jax.Array | None = None) -> jax.Array:
         return at_places(self.first_key, place)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, dispatch, partitioning, remat
+from scfa_jax import _checks, dispatch, partitioning, remat, segments
 from scfa_jax.gather import gather_rows
-from scfa_jax.index import SparseIndex
+from scfa_jax.index import SparseIndex, index_in_line
 from scfa_jax.merge import merge_attention
 from scfa_jax.sorting import Implementation, iota, iota_like
 from scfa_jax.tiling import BlockSizes
@@ -68,6 +68,7 @@ def sparsek_attention(
     window: int,
     chunk_size: int = 128,
     num_candidates: int | None = None,
+    segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     block_sizes: BlockSizes | None = None,
@@ -89,6 +90,10 @@ def sparsek_attention(
     better ones before it has them for ever. For fixed options time and memory are linear in length; the selected keys
     and values are copied for each chunk, `num_keys / chunk_size` times the size of `key` and `value`.
 
+    With segments a query attends to those of these keys that are of its own segment, and selects among them alone. What
+    is said of positions then holds for places in line: rows stand by segment id, then position, and padding comes last.
+    Documents packed one after another with ascending ids stand as they are.
+
     Args:
         query: float32, bfloat16 or float16 `[B, T, N, H]` or `[T, N, H]`.
         key: `[B, T, K, H]` or `[T, K, H]`; `K` divides `N`.
@@ -100,6 +105,8 @@ def sparsek_attention(
         chunk_size: Queries that share a selection.
         num_candidates: Scores that the gates come from, at least `num_keys`; twice as many if None. With just
             `num_keys` all gates are 1, and no gradient reaches the scores.
+        segment_ids: int32 `[B, T]` or `[T]`: attention stays among equal ids, and rows with an id below 0 (padding)
+            take no part. Any ids in any order; None for one segment.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
@@ -139,23 +146,37 @@ def sparsek_attention(
         return_residual=True,
     )
 
-    # The places of a pool begin one window before position 0, so that chunk `m` adds the places of chunk `m - 1`.
+    if segment_ids is not None:
+        segment_ids = _checks.segment_ids("segment_ids", segment_ids, length)
+        if segment_ids.shape[0] not in (1, query.shape[0]):
+            raise ValueError(f"segment_ids must be [1 or {query.shape[0]}, {length}], got shape {segment_ids.shape}.")
+    line = segments.line_up(segment_ids, None, length, length, 0, implementation)
+    place, begins = iota(length), line.first()  # of each query, and where its segment begins
+    chunk = place // chunk_size
+    start = chunk * chunk_size
+
+    # The places of a pool begin one window before place 0, so that chunk `m` adds the places of chunk `m - 1`.
     num_chunks, lead = max(1, -(-length // chunk_size)), window - 1
-    pool = jnp.pad(scores.swapaxes(1, 2), ((0, 0), (0, 0), (lead, chunk_size)), constant_values=-jnp.inf)
-    highest, place = best_so_far(pool[..., : (num_chunks - 1) * chunk_size], options)
-    row, is_candidate = (x.transpose(0, 2, 3, 1) for x in (place - lead, highest > -jnp.inf))  # [B, M, C, K]
+    pool = line.keys(jax.lax.stop_gradient(scores).swapaxes(1, 2), padding=-jnp.inf)
+    pool = jnp.pad(pool, ((0, 0), (0, 0), (lead, chunk_size)), constant_values=-jnp.inf)
+    pool = pool[..., : (num_chunks - 1) * chunk_size]
+    of_chunks = None
+    if segment_ids is not None:
+        of_chunks = lead + jnp.pad(begins, ((0, 0), (0, 0), (0, chunk_size)))
+        of_chunks = of_chunks[..., : num_chunks * chunk_size : chunk_size]
+    highest, found = best_so_far(pool, options, begins=of_chunks)
+    row = line.key_rows((found - lead).reshape(*found.shape[:2], -1)).reshape(found.shape)
+    row, is_candidate = (x.transpose(0, 2, 3, 1) for x in (row, highest > -jnp.inf))  # [B, M, C, K]
     by_chunk = lambda x, count: gather_rows(x, *(_one_axis(y[:, :, :count]) for y in (row, is_candidate)))
     chosen_scores = by_chunk(scores[..., None], options.num_candidates)[..., 0].reshape(row.shape)
     chosen_scores = jnp.where(is_candidate, chosen_scores, -jnp.inf)
     chosen_key, chosen_value = jnp.split(by_chunk(jnp.concatenate([key, value], axis=3), num_keys), 2, axis=3)
 
-    position = iota(length)
-    chunk = position // chunk_size
-    first = jnp.maximum(chunk * chunk_size - lead, 0)
-    parts = [
-        attend(query, key, value, local_index(first, position, length)),
-        attend(query, *gated(chosen_key, chosen_value, chosen_scores, chunk, options)),
-    ]
+    low, keys = jnp.maximum(start - lead, begins), iota(length)[None, None]
+    near = index_in_line(line, key_place=None, key_code=keys, query_place=None, low=low, high=line.last())
+    # Of the segments in a chunk, only the one that the chunk begins in has keys before the window.
+    far = gated(chosen_key, chosen_value, chosen_scores, chunk, options, begins <= start, near.query_order)
+    parts = [attend(query, key, value, near), attend(query, *far)]
     output, logsumexp = merge_attention(*zip(*parts, strict=True), output_dtype=dtype)
     if not has_batch:
         output, logsumexp = output[0], logsumexp[0]
@@ -193,7 +214,10 @@ def checked_scores(scores: jax.Array, shape: tuple[int, ...], has_batch: bool = 
 
 
 def best_so_far(
-    pool: jax.Array, options: Selection, before: tuple[jax.Array, jax.Array] | None = None
+    pool: jax.Array,
+    options: Selection,
+    before: tuple[jax.Array, jax.Array] | None = None,
+    begins: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Finds the candidates of every chunk: the highest scores of what was before and of all chunks' places so far.
 
@@ -205,30 +229,42 @@ def best_so_far(
         options: Those of the selection; `C` is `options.num_candidates`.
         before: Scores that all chunks see, float32 `[B, K, C]`, descending, and their places, int32, ascending among
             equal scores and below 0; None for none.
+        begins: int32 `[B or 1, 1, M]`, ascending: a chunk sees no place before this one. Where it differs from that of
+            the chunk before, it is past all places that this one sees. None for all places.
 
     Returns:
         Scores float32 `[B, K, M, C]`, descending, -inf where there are no more; and their places in the pool, int32,
         ascending among equal scores. No gradient flows through them.
     """
-    find = partitioning.split(functools.partial(_best_so_far, options), ["bh.", "bh."], ["bh..", "bh.."])
-    return remat.named_index(find(*jax.lax.stop_gradient((pool, before))))
+    find = partitioning.split(functools.partial(_best_so_far, options), ["bh.", "bh.", "bh."], ["bh..", "bh.."])
+    return remat.named_index(find(*jax.lax.stop_gradient((pool, before)), begins))
 
 
-def _best_so_far(options: Selection, pool: jax.Array, before: tuple[jax.Array, jax.Array] | None):
+def _best_so_far(
+    options: Selection, pool: jax.Array, before: tuple[jax.Array, jax.Array] | None, begins: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     (batch, heads, length), count = pool.shape, options.num_candidates
     rows = (batch, heads, length // options.chunk_size, options.chunk_size)
-    added = _descending(pool.reshape(rows), iota_like(pool).reshape(rows), count)
+    scores, places = pool.reshape(rows), iota_like(pool).reshape(rows)
+    if begins is None:
+        begins = jnp.zeros((1, 1, rows[2] + 1), jnp.int32)
+    else:
+        scores = jnp.where(places >= begins[:, :, 1:, None], scores, -jnp.inf)
+    added = _descending(scores, places, count)
     if before is None:
         before = jnp.full((batch, heads, count), -jnp.inf), jnp.full((batch, heads, count), -1, jnp.int32)
     of_chunk = [jnp.concatenate([x[:, :, None], y], axis=2) for x, y in zip(before, added, strict=True)]
 
     def merge(left, right):
         # Of two descending rows the best are the better of the one and of the other reversed, place by place.
-        (score, place), (other_score, other_place) = left, (jnp.flip(x, axis=-1) for x in right)
+        (score, place, begin), (*other, other_begin) = left, right
+        other_score, other_place = (jnp.flip(x, axis=-1) for x in other)
+        score = jnp.where(begin == other_begin, score, -jnp.inf)
         is_left = score >= other_score  # of equal ones the earlier
-        return _descending(jnp.where(is_left, score, other_score), jnp.where(is_left, place, other_place), count)
+        best = jnp.where(is_left, score, other_score), jnp.where(is_left, place, other_place)
+        return *_descending(*best, count), other_begin
 
-    return jax.lax.associative_scan(merge, tuple(of_chunk), axis=2)
+    return jax.lax.associative_scan(merge, (*of_chunk, begins[..., None]), axis=2)[:2]
 
 
 def _descending(scores: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -240,7 +276,13 @@ def _descending(scores: jax.Array, places: jax.Array, count: int) -> tuple[jax.A
 
 
 def gated(
-    key: jax.Array, value: jax.Array, scores: jax.Array, chunk: jax.Array, options: Selection
+    key: jax.Array,
+    value: jax.Array,
+    scores: jax.Array,
+    chunk: jax.Array,
+    options: Selection,
+    takes_part: jax.Array | bool = True,
+    query_order: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, SparseIndex]:
     """Multiplies the selected keys and values of each chunk by their gates, and says which queries attend to them.
 
@@ -250,6 +292,9 @@ def gated(
         scores: float32 `[B, M, C, K]` of the candidates, descending, -inf where there are no more.
         chunk: int32 `[T]`, the chunk of each query, ascending.
         options: Those of the selection.
+        takes_part: bool `[B or 1, 1, T]`, whether a query attends to what its chunk selected, the later ones of a chunk
+            not if earlier ones do not; True for all.
+        query_order: int32 `[B or 1, 1, T]`, the row of each query; None if they stand in order.
 
     Returns:
         Keys and values like those given, and the index over them.
@@ -262,16 +307,11 @@ def gated(
     key, value = ((gates * x).astype(x.dtype) for x in (key, value))
 
     count = is_candidate[:, :, :num_keys].sum(axis=2, dtype=jnp.int32).swapaxes(1, 2)  # [B, K, M]
-    low = jnp.broadcast_to(chunk * num_keys, (*count.shape[:2], chunk.shape[0]))
-    high = low + jnp.take(count, chunk, axis=2) - 1
+    count = jnp.take(count, chunk, axis=2)
+    start = chunk * num_keys
+    low, high = start + jnp.where(takes_part, 0, count), start + count - 1
     key_code = iota(num_chunks * num_keys)[None, None]
-    return key, value, SparseIndex(key_order=None, key_code=key_code, query_order=None, low=low, high=high)
-
-
-def local_index(first: jax.Array, last: jax.Array, key_length: int) -> SparseIndex:
-    """Every query attends to the keys from `first` to `last`, int32 `[T]` both and ascending."""
-    first, last = (x[None, None] for x in (first, last))
-    return SparseIndex(key_order=None, key_code=iota(key_length)[None, None], query_order=None, low=first, high=last)
+    return key, value, SparseIndex(None, key_code, query_order, low=low, high=high)
 
 
 def _one_axis(x: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from scfa_jax import dispatch
 from scfa_jax.gather import gather_rows
+from scfa_jax.index import SparseIndex
 from scfa_jax.merge import merge_attention
 from scfa_jax.sorting import Implementation, iota
-from scfa_jax.sparsek import Selection, best_so_far, gated, local_index
+from scfa_jax.sparsek import Selection, best_so_far, gated
 
 
 class SparseKState(NamedTuple):
@@ -125,7 +126,9 @@ def attend_next(
     place_of_query = into_chunk + iota(length)
     chunk = place_of_query // chunk_size
     num_missing = jnp.maximum(lead - (state.cache_index - into_chunk), 0)  # places of positions below 0
-    local = local_index(jnp.maximum(chunk * chunk_size, num_missing), lead + place_of_query, local_key.shape[1])
+    first = jnp.maximum(chunk * chunk_size, num_missing)[None, None]
+    places = iota(local_key.shape[1])[None, None]
+    local = SparseIndex(None, places, None, low=first, high=(lead + place_of_query)[None, None])
     parts = [
         attend(local_key, local_value, local),
         attend(*gated(best_key, best_value, highest, chunk, options)),

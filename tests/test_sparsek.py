@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL_BLOCKS
+from cases import SEGMENT_KINDS, SMALL_BLOCKS, segment_ids
 from conftest import IMPLEMENTATIONS, examples
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sharding import COLLECTIVE
 
 import scfa_jax
 from scfa_jax import reference
@@ -180,12 +183,13 @@ def results_of(name, implementation):
     operator = (reference if implementation == "reference" else scfa_jax).sparsek_attention
 
     @jax.jit
-    def run(arrays, cotangents):
-        attend = lambda *arrays: operator(*arrays, **options, **blocks, return_residual=True)
+    def run(arrays, cotangents, segment_ids):
+        attend = lambda *x: operator(*x, **options, **blocks, segment_ids=segment_ids, return_residual=True)
         results, pull = jax.vjp(attend, *arrays)
         return *results, *pull(tuple(cotangents))
 
-    return run
+    whole = np.zeros((1, problem(name)[0][0].shape[1]), np.int32) if implementation == "reference" else None
+    return lambda arrays, cotangents, segment_ids=whole: run(arrays, cotangents, segment_ids)
 
 
 @pytest.mark.parametrize("operator", [reference, scfa_jax], ids=["reference", "scfa_jax"])
@@ -206,21 +210,49 @@ def test_chunks_of_one_are_the_papers(operator):
             np.testing.assert_allclose(output[0, t, head], weights @ gated_value / weights.sum(), atol=2e-5)
 
 
-def test_equals_the_dense_definition():
+def assert_equal_results(got, want):
     """Output, log-sum-exp, and the gradients of query, key, value and scores."""
+    for label, x, y in zip(("output", "logsumexp", "query", "key", "value", "scores"), got, want, strict=True):
+        np.testing.assert_array_equal(x == -np.inf, y == -np.inf)
+        x, y = (np.maximum(x, -1e30) for x in (x, y))
+        largest = np.abs(y, where=y > -1e30, out=np.zeros_like(y)).max()
+        np.testing.assert_allclose(x, y, atol=1e-5 * largest, rtol=0, err_msg=label)
+
+
+def test_equals_the_dense_definition():
     arrays, cotangents, _ = problem("chunks")
     want = results_of("chunks", "reference")(arrays, cotangents)
-    got = results_of("chunks", IMPLEMENTATIONS[0])(arrays, cotangents)
-    for label, x, y in zip(("output", "logsumexp", "query", "key", "value", "scores"), got, want, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), err_msg=label)
+    assert_equal_results(results_of("chunks", IMPLEMENTATIONS[0])(arrays, cotangents), want)
     assert np.count_nonzero(want[-1])
 
 
-def test_the_kernels_run_it_too():
-    arrays, cotangents, options = problem("chunks")
-    kernels = {"implementation": IMPLEMENTATIONS[-1], "block_sizes": SMALL_BLOCKS}
-    output = jax.jit(partial(scfa_jax.sparsek_attention, **options, **kernels))(*arrays)
-    np.testing.assert_allclose(output, results_of("chunks", "reference")(arrays, cotangents)[0], atol=1e-5)
+def test_kernels_equal_the_dense_definition_within_segments():
+    """Whatever stands in padding, and in whatever order: a query selects among the earlier keys of its segment."""
+    arrays, cotangents, _ = problem("chunks")
+    run, dense = (results_of("chunks", name) for name in (IMPLEMENTATIONS[-1], "reference"))
+    for seed, kind in enumerate(SEGMENT_KINDS):
+        ids = segment_ids(np.random.default_rng(seed), (2, 45), kind)
+        got = run(arrays, cotangents, ids)
+        assert_equal_results(got, dense(arrays, cotangents, ids))
+        assert kind in ("huge", "padding") or np.count_nonzero(got[-1])
+        poisoned = lambda x: jnp.where((ids < 0).reshape(2, 45, *(1,) * (x.ndim - 2)), jnp.nan, x)  # noqa: B023
+        for x, y in zip(got, run(*jax.tree.map(poisoned, (arrays, cotangents)), ids), strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert not np.any(np.isfinite(x[ids < 0]) & (x[ids < 0] != 0))
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices, such as those that a CPU can simulate")
+def test_devices_select_for_their_own_sequences_and_heads():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    arrays, cotangents, _ = problem("chunks")
+    run = results_of("chunks", IMPLEMENTATIONS[0])
+    on_heads = NamedSharding(mesh, P("data", None, "model"))
+    with jax.set_mesh(mesh):
+        program = jax.jit(run).lower(*jax.device_put((arrays, cotangents), on_heads)).compile()
+    assert not COLLECTIVE.findall(program.as_text())
+    got = program(*jax.device_put((arrays, cotangents), on_heads))
+    assert all(x.sharding.is_equivalent_to(on_heads, x.ndim) for x in got)
+    assert_equal_results(got, run(arrays, cotangents))
 
 
 def test_repeats_bit_for_bit():
@@ -287,6 +319,8 @@ def test_bad_arrays_are_named():
         scfa_jax.sparsek_attention(query, key, value, scores.astype(jnp.int32), **GOOD)
     with pytest.raises(ValueError, match="key must have the length of query, 40, got 45"):
         scfa_jax.sparsek_attention(query[:, :40], key, value, scores, **GOOD)
+    with pytest.raises(ValueError, match=r"segment_ids must be \[1 or 2, 45\], got shape \(3, 45\)"):
+        scfa_jax.sparsek_attention(query, key, value, scores, **GOOD, segment_ids=jnp.zeros((3, 45), jnp.int32))
     with pytest.raises(ValueError, match=r"where must have the shape of scores, \(4,\), got \(3,\)"):
         scfa_jax.sparsek_gates(jnp.ones(4), 2, where=jnp.ones(3, bool))
     with pytest.raises(TypeError, match="where must be boolean"):

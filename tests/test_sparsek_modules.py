@@ -14,7 +14,6 @@ import scfa_jax.nnx
 from models import ModelConfig, Transformer
 from scfa_jax import reference
 from scfa_jax.nnx import SparseK
-from train.config import Config, DataConfig, problem
 
 KIND = SparseK(num_keys=3, window=4, chunk_size=5, slope=0.05)
 OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned}
@@ -111,14 +110,17 @@ def test_the_language_model_has_it():
     config = ModelConfig(attention="sparsek", layers=1, width=16, heads=2, dtype="float32", **sizes)
     model = nnx.eval_shape(lambda: Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0)))
     assert model.blocks[0].attention.sparsity == SparseK(3, 5, 7, slope=0.1)
-    separate = Config(model=config, data=DataConfig(documents="separate"))
-    assert "--documents separate does not go with --attention sparsek" in (problem(separate) or "")
 
 
-def test_segments_raise():
+def test_packed_documents_know_nothing_of_each_other():
     graph, params, rest = parts()
-    with pytest.raises(NotImplementedError, match="segment_ids must be None with SparseK"):
-        nnx.merge(graph, params, rest)(tokens(), deterministic=True, segment_ids=jnp.zeros((1, LENGTH), jnp.int32))
+    ids = jnp.arange(LENGTH)[None] // 9
+    apply = jax.jit(lambda x: nnx.merge(graph, params, rest)(x, deterministic=True, segment_ids=ids))
+    for first in (0, 9, 18):
+        changed = jnp.where((ids == first // 9)[..., None], tokens(), tokens(1))
+        outputs, expected = (np.asarray(apply(x)) for x in (changed, tokens()))
+        np.testing.assert_allclose(outputs[:, first : first + 9], expected[:, first : first + 9], atol=1e-6)
+        assert not np.allclose(outputs, expected)
 
 
 def test_impossible_options_raise():

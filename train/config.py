@@ -152,6 +152,4 @@ def problem(config: Config) -> str | None:
         return f"--seed must be below 2**32, got {optimizer.seed}."
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
-    if data.documents == "separate" and "sparsek" in config.model.layer_kinds():
-        return "--documents separate does not go with --attention sparsek, whose selections reach over documents."
     return None

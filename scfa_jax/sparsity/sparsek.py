@@ -111,13 +111,9 @@ class SparseK(Sparsity):
 
         Returns:
             `[B, T, N, H]` in the dtype of the query.
-
-        Raises:
-            NotImplementedError: There are segments.
         """
-        if options.pop("query_segment_ids", None) is not None:
-            raise NotImplementedError("segment_ids must be None with SparseK: segments would share one selection.")
         query, key, value = operands[:3]
+        options["segment_ids"] = options.pop("query_segment_ids", None)
         output: Any = sparsek_attention(
             query, key, value, self._scores(operands), **dataclasses.asdict(self._selection()), **options
         )

@@ -69,6 +69,23 @@ def as_mask(index: SparseIndex) -> np.ndarray:
     return mask
 
 
+def met_keys(index: SparseIndex, key_heads: int) -> np.ndarray:
+    """Which keys, in code order, any query attends to: bool `[B, key_heads, S]`."""
+    met = as_mask(index).any(axis=2)  # [B, N, S], in original order
+    met = np.repeat(met, max(1, key_heads // met.shape[1]), axis=1)
+    met = met.reshape(met.shape[0], key_heads, -1, met.shape[2]).any(axis=2)
+    if index.key_order is None:
+        return met
+    return np.take_along_axis(met, np.broadcast_to(index.key_order, met.shape), axis=2)
+
+
+def assert_marked_if_known(index: SparseIndex) -> None:
+    """An index that says so leaves no code to a key that no query attends to."""
+    if index.all_met:
+        met = met_keys(index, index.key_code.shape[1])
+        assert (np.broadcast_to(index.key_code, met.shape)[~met] == NEVER).all()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=examples(40))
 @given(data=st.data())
@@ -87,6 +104,7 @@ def test_an_index_allows_exactly_the_pattern(pattern, data):
     assert high.max(initial=-1) < NEVER
     if index.ascending:
         assert (np.diff(high, axis=-1) >= 0).all()
+    assert_marked_if_known(index)
     for order in (index.query_order, index.key_order):
         if order is not None:
             np.testing.assert_array_equal(np.sort(order, axis=-1)[0, 0], np.arange(order.shape[-1]))
@@ -154,11 +172,4 @@ def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data
     if 0 in (index.query_length, index.key_length):
         return
     marked = np.asarray(triton_search.marked_codes(index, case.key.shape[2], interpret=True))
-    batch, key_heads, key_length = marked.shape
-    attended = as_mask(index).any(axis=2)  # [B, N, S], in original order
-    attended = np.broadcast_to(attended, (batch, *attended.shape[1:]))
-    attended = np.repeat(attended, max(1, key_heads // attended.shape[1]), axis=1)
-    attended = attended.reshape(batch, key_heads, -1, key_length).any(axis=2)
-    if index.key_order is not None:
-        attended = np.take_along_axis(attended, np.broadcast_to(index.key_order, marked.shape), axis=2)
-    np.testing.assert_array_equal(marked, np.where(attended, index.key_code, NEVER))
+    np.testing.assert_array_equal(marked, np.where(met_keys(index, case.key.shape[2]), index.key_code, NEVER))

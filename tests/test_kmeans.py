@@ -29,12 +29,18 @@ def test_the_bucket_is_the_centroid_at_the_smallest_angle(x):
 
 
 def test_sums_are_those_of_the_members_directions(x):
+    x = x.at[0, 0].set(0)  # without a direction
     ids = jax.random.randint(jax.random.key(1), x.shape[:3], 0, 4)
-    unit = np.asarray(x / jnp.linalg.norm(x, axis=-1, keepdims=True))
+    unit = np.asarray(x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-15))
     expected = LEAK * np.broadcast_to(unit.sum((0, 1))[:, None], (3, 4, 8)).copy()
     for b, t, n in np.ndindex(ids.shape):
         expected[n, ids[b, t, n]] += unit[b, t, n]
     np.testing.assert_allclose(summed(x, ids, 4), expected, rtol=1e-5, atol=1e-5)
+    assert not np.any(jax.jit(jax.grad(lambda x: jnp.sum(member_sums(x, ids, 4)[..., 0])))(x))
+
+
+def test_the_decay_is_the_share_of_the_old_average():
+    np.testing.assert_allclose(update_centroids(jnp.ones((1, 2, 3)), jnp.full((1, 2, 3), 3.0), 0.9), 1.2, rtol=1e-6)
 
 
 def test_centroids_find_clusters_and_none_stays_empty():

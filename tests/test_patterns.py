@@ -27,7 +27,7 @@ def drawn(seed, kind):
         "window": np.array([[rng.integers(40), rng.integers(40)], [rng.integers(200), 0]], np.int32),
         "query_global": rng.random((2, QUERIES, HEADS)) < 0.1,
         "key_global": rng.random((2, KEYS, 1)) < 0.1,
-        "query_offset": rng.choice(np.array([-9, 0, 5, 27], np.int32), 2),
+        "query_offset": rng.choice(np.array([-9, 0, 5, 38], np.int32), 2),  # from the last, past all keys
         "query_segment_ids": segment_ids(rng, (2, QUERIES), kind),
         "key_segment_ids": segment_ids(rng, (2, KEYS), kind),
     }
@@ -177,6 +177,18 @@ def test_window_attention_with_sinks_is_as_exact_as_plain_attention():
         np.testing.assert_array_equal(
             dense(*inputs, given["window"], **line(given)), jax.jit(reference.attention)(*inputs, mask)[0]
         )
+
+
+def test_parts_are_rounded_once_after_they_are_merged():
+    query, key, value = arrays(np.random.default_rng(0), Shape(1, 32, 32, 2, 1, 16), jnp.bfloat16)
+
+    @jax.jit
+    def results(*qkv):
+        indices = patterns.strided(32, 32, 4)
+        return [scfa_jax.union_attention(*qkv, indices, output_dtype=x) for x in (None, jnp.float32)]
+
+    rounded, exact = results(query, key, value)
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
 
 
 X = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)

@@ -105,11 +105,13 @@ def test_the_reference_is_the_same_operator():
 
 
 def test_gates_of_equal_scores_are_equal_and_half_precision_is_computed_in_float32():
-    scores = jnp.array([[1.0] * 5, [jnp.inf, 1.0, jnp.inf, 0.0, jnp.nan]], jnp.bfloat16)
+    infinite = [[jnp.inf, 1.0, jnp.inf, 0.0, jnp.nan], [jnp.inf, jnp.inf, 3e38, jnp.inf, 1.0]]
+    scores = jnp.array([[1.0] * 5, *infinite], jnp.bfloat16)
     gates = jax.jit(partial(scfa_jax.sparsek_gates, k=2))(scores)
     assert gates.dtype == jnp.float32
     np.testing.assert_allclose(gates[0], 2 / 5, rtol=1e-6)
     np.testing.assert_array_equal(gates[1], [1, 0, 1, 0, 0])
+    np.testing.assert_allclose(gates[2], [2 / 3, 2 / 3, 0, 2 / 3, 0], rtol=1e-6)
 
 
 def test_gates_never_grow_as_scores_are_added():
@@ -289,6 +291,10 @@ def test_what_takes_no_part_reaches_nothing(implementation):
     assert np.isfinite(logsumexp).all()
     assert not np.any(gradients[-1][0, :20])
     assert not np.any(gradients[-1][1])
+    missing = np.random.default_rng(0).random(scores.shape) < 0.5
+    without = [(query, key, value, np.where(missing, x, scores)) for x in (np.nan, -np.inf)]
+    for x, y in zip(*(run(x, cotangents) for x in without), strict=True):
+        np.testing.assert_array_equal(x, y)
     position = np.arange(45)[:, None]
     first = position // options["chunk_size"] * options["chunk_size"] - options["window"] + 1
     window = jax.jit(reference.range_attention)(query[1:], key[1:], value[1:], first, position + 1)

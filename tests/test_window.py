@@ -10,7 +10,7 @@ from cases import SEGMENT_KINDS, SMALL_BLOCKS, Shape, in_segments, make_case
 from conftest import IMPLEMENTATIONS, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_index import as_mask, index_of
+from test_index import as_mask, assert_marked_if_known, index_of
 from test_lowering import ATTENTION, BOUNDS, MARKS, gradients, lowered_for_cuda, number_of_kernels
 from tolerance import assert_as_exact_as_plain, cotangents
 
@@ -25,6 +25,7 @@ PATTERNS = {
     "keep": ("keep", UNEQUAL, {}),
     "hash": ("hash", UNEQUAL, {}),
     "hash within a promise": ("shared_hash", SHARED, {"promise": 8, "exclude_self": True}),
+    "hash from position 0": ("shared_hash", SHARED, {"offset": 0}),
 }
 WINDOW_KINDS = ("none", "one", "short", "any", "all", "extreme")
 
@@ -54,7 +55,7 @@ def drawn(name, kind, segments, seed):
     pattern, shape, options = PATTERNS[name]
     rng = np.random.default_rng(seed)
     offset = jnp.asarray(rng.choice([-7, 0, 3, 27, 1000], shape.batch), jnp.int32)
-    case = make_case(pattern, rng, shape, jnp.float32, offset=offset, **options)
+    case = make_case(pattern, rng, shape, jnp.float32, **{"offset": offset, **options})
     case = in_window(case, window_lengths(rng, shape, kind))
     return case if segments is None else in_segments(case, rng, segments)
 
@@ -76,6 +77,16 @@ def test_an_index_allows_exactly_the_window(name, kind, segments, seed):
     assert (np.diff(low, axis=-1) >= 0).all()
     assert (np.diff(high, axis=-1) >= 0).all()
     assert high.max() < NEVER
+    assert_marked_if_known(index)
+
+
+def test_a_hash_of_all_query_heads_has_a_window_for_each():
+    rng = np.random.default_rng(0)
+    query_hash, key_hash = (rng.integers(0, 4, size).astype(np.int32) for size in ((1, 50, 1), (1, 77, 2)))
+    windows = np.array([3, 0, 40, 9], np.int32)
+    index = jax.jit(scfa_jax.hash_index)(query_hash, key_hash, window=windows)
+    mask = reference.hash_mask(np.repeat(query_hash, 4, axis=2), key_hash) & reference.window_mask(50, 77, windows)
+    np.testing.assert_array_equal(as_mask(index), mask)
 
 
 def test_kernels_are_as_exact_as_plain_attention_and_read_no_key_outside_of_all_windows():

@@ -361,7 +361,6 @@ def _gates_forward(k: int, scores: jax.Array, takes_part: jax.Array, in_order: b
 
     is_between = jnp.where(is_highest, edge < threshold, edge > threshold) & takes_part & has_more
     gates = jnp.where(is_between, jnp.clip(y - threshold, 0.0, 1.0), jnp.where(is_highest, 1.0, 0.0))
-    gates = jnp.where(has_more, gates, jnp.where(takes_part, 1.0, 0.0))
     return gates, is_between
 
 

@@ -76,7 +76,8 @@ def _phases(case: Case, sets: list[Inputs]) -> Iterator[Phase]:
     yield "sort and index", "the index builder", build, [x.extra for x in sets]
 
     indices = [build(*x.extra) for x in sets]
-    yield "bounds", "both tables of tile bounds, 64 x 64", _bounds, [(index,) for index in indices]
+    bounds = functools.partial(_bounds, case.implementation)
+    yield "bounds", "both tables of tile bounds, 64 x 64", bounds, [(index,) for index in indices]
 
     # sparse_attention works out the bounds too: they belong to its kernels, whose tile sizes they need.
     attend: Callable[..., Any] = functools.partial(_attend, case.implementation)
@@ -102,10 +103,18 @@ def _attend(implementation: str | None, query, key, value, index) -> Any:
     return scfa_jax.sparse_attention(query, key, value, index, implementation=implementation)
 
 
-def _bounds(index: scfa_jax.SparseIndex) -> Any:
-    from scfa_jax import tiling
+def _bounds(implementation: str | None, index: scfa_jax.SparseIndex) -> Any:
+    tables: Any
+    options: dict[str, Any] = {}
+    if implementation == "triton" or (implementation is None and jax.default_backend() == "gpu"):
+        from scfa_jax.kernels import triton_bounds as kernels
 
-    return tiling.key_tile_bounds(index, 64, 64), tiling.query_tile_bounds(index, 64, 64)
+        tables, options = (kernels.key_tile_bounds, kernels.query_tile_bounds), {"interpret": False}
+    else:
+        from scfa_jax import tiling
+
+        tables = tiling.key_tile_bounds, tiling.query_tile_bounds
+    return [table(index, 64, 64, **options) for table in tables]
 
 
 def _backward(pull: Callable[..., Any], cotangent: jax.Array) -> Any:

@@ -19,6 +19,9 @@ def table(results: dict[str, Any]) -> str:
     """
     where = results["environment"]
     heading = f"{where['device']}, JAX {where['jax']}, commit {where['commit'][:10]}{_dirty(where)}, {where['date']}"
+    elsewhere = {row["environment"]["commit"][:10] for row in results["rows"] if "environment" in row}
+    if elsewhere:
+        heading += f"; rows taken over from earlier runs, of {', '.join(sorted(elsewhere))}"
     parts = [heading, "", *(_phase_tables(results["rows"]) if results["suite"] == "phases" else _rows(results))]
     problems = [f"- {row['name']}, {which}: {problem}" for row in results["rows"] for which, problem in _problems(row)]
     if problems:

@@ -42,6 +42,9 @@ class Options:
     time_limit: Annotated[
         float | None, help_text("Seconds after which no further case is begun. By default none, full: 480.")
     ] = None
+    resume: Annotated[
+        bool, help_text("Go on with the results that are in the folder: measure what they left out. The same device.")
+    ] = False
     profile: Annotated[bool, help_text("List the kernels that ran, with their counts and times.")] = False
 
 
@@ -76,17 +79,35 @@ def run(options: Options, cases: Sequence[Case] | None = None) -> tuple[dict[str
         "left_out": [case.name for case in chosen],
         "left_out_because": "interrupted",
     }
+    if options.resume:
+        _take_over(results.read(file), record)
     _measure_all(options, chosen, record, file)
     _finish(record, file)
     return record, file
+
+
+def _take_over(earlier: dict[str, Any], record: dict[str, Any]) -> None:
+    """Puts the good rows of earlier results into a record, each with the environment that it was measured in."""
+    was, now = earlier["environment"], record["environment"]
+    for name in ("device", "jax", "jaxlib"):
+        if was[name] != now[name]:
+            raise ValueError(f"--resume needs the {name} of the earlier results, {was[name]}, got {now[name]}")
+    record["rows"] = [
+        {"environment": was, **row}
+        for row in earlier["rows"]
+        if row["status"] == "ok" and row["name"] in record["left_out"]
+    ]
+    known = {row["name"] for row in record["rows"]}
+    record["left_out"] = [name for name in record["left_out"] if name not in known]
 
 
 def _measure_all(options: Options, cases: Sequence[Case], record: dict[str, Any], file: Path) -> None:
     start = time.monotonic()
     meter = Meter(repeats=options.repeats, profile=options.profile, tell=tqdm.tqdm.write)
     results.write(file, record)
-    with tqdm.tqdm(total=len(cases), unit="case", disable=None) as bar:
-        for case in cases:
+    missing = [case for case in cases if case.name in record["left_out"]]
+    with tqdm.tqdm(total=len(cases), initial=len(record["rows"]), unit="case", disable=None) as bar:
+        for case in missing:
             if options.time_limit is not None and time.monotonic() - start > options.time_limit:
                 record["left_out_because"] = f"the time limit of {options.time_limit:g} s was reached"
                 break
@@ -141,7 +162,7 @@ def _command(options: Options) -> str:
         parts.append(f"--only {options.only}")
     if options.time_limit is not None:
         parts.append(f"--time-limit {options.time_limit:g}")
-    return " ".join([*parts, *(["--profile"] if options.profile else [])])
+    return " ".join([*parts, *(f"--{name}" for name in ("resume", "profile") if getattr(options, name))])
 
 
 def _shown(path: Path) -> str:

@@ -169,8 +169,9 @@ class Transformer(nnx.Module):
             ValueError: The sequence is longer than the learned positions.
         """
         # Whole where it is looked up, on every device of a mesh: any token may stand anywhere in it.
-        table = cut(self.embedding.embedding[...].astype(self.embedding.dtype))
-        x = jnp.take(table, cut(tokens.astype(jnp.int32), BATCH), axis=0)
+        # In float32 until it is looked up: the gradient of a frequent token is a sum of thousands of terms.
+        table = cut(self.embedding.embedding[...])
+        x = jnp.take(table, cut(tokens.astype(jnp.int32), BATCH), axis=0).astype(self.embedding.dtype)
         if self.position is None:
             return cut(x, BATCH)
         self._check_length(tokens.shape[1])

@@ -17,10 +17,10 @@ from scfa_jax import dispatch, partitioning, sorting
 from scfa_jax.kernels import _compat
 from scfa_jax.sorting import Implementation, iota
 
-# Places from which on a cache keeps the order, by what it is read with: below, reading all keys is as fast.
+# Places from which on a cache keeps the order, by what reads it: with fewer, reading all keys is about as fast.
 LEAST_ROOM = {
-    "cpu": 512,
-    "triton": 4096,  # a guess: no GPU has run `python -m benchmarks.decoding` with both ways
+    "cpu": 1024,  # two cores of an AMD EPYC, 16 buckets, presets "cpu" and "bytes" of `python -m benchmarks.decoding`
+    "triton": 4096,  # a guess, until that has run on a GPU
 }
 
 

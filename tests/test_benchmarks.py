@@ -89,6 +89,18 @@ def test_an_interruption_loses_nothing_and_a_time_limit_names_what_is_left_out(t
     record = results.read(tmp_path / "cpu.json")
     assert [row["name"] for row in record["rows"]] == ["hash"]
     assert record["left_out"] == ["keep"]
+    again = lambda meter, case: measure(meter, TINY) | {"name": case.name, "measured": "again"}
+    monkeypatch.setattr(Meter, "measure", again)
+    record, _ = run(Options(suite="cpu", out=tmp_path, resume=True), cases=[TINY, KEEP])
+    first, second = record["rows"]
+    assert (first["name"], second["name"], record["left_out"]) == ("hash", "keep", [])
+    assert "measured" not in first
+    assert first["environment"]["command"] != record["environment"]["command"]
+    assert "environment" not in second
+    assert f"from earlier runs, of {first['environment']['commit'][:10]}" in report.table(record)
+    results.write(tmp_path / "cpu.json", record | {"environment": record["environment"] | {"jax": "0.1"}})
+    with pytest.raises(ValueError, match=r"--resume needs the jax of the earlier results, 0\.1"):
+        run(Options(suite="cpu", out=tmp_path, resume=True), cases=[TINY, KEEP])
     record, _ = run(Options(suite="cpu", out=tmp_path, time_limit=1e-9), cases=[TINY, KEEP])
     assert record["left_out"] == ["hash", "keep"]
     assert "time limit" in report.table(record)

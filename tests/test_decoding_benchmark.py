@@ -17,6 +17,7 @@ def _tiny_model(monkeypatch):
 
 def test_it_times_a_prompt_and_tokens_with_and_without_a_cache(tmp_path, capsys):
     argv = ["--preset", "tiny", "--kinds", "hash:4/bucket", "--lengths", "24", "--tokens", "3", "--samples", "2"]
+    argv += ["--dtype", "float32"]
     assert decoding.main([*argv, "--out", str(tmp_path)]) == 0
     assert "| hash:4/bucket | 24 |" in capsys.readouterr().out
     written = json.loads((tmp_path / "decoding.json").read_text())

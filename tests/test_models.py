@@ -158,6 +158,27 @@ def test_bfloat16_computes_on_float32_parameters(tokens):
     np.testing.assert_allclose(logits, logits_of(make(attention="hash", layers=1), tokens), atol=0.05)
 
 
+def test_gradients_in_bfloat16_are_those_in_float32_for_frequent_tokens_too():
+    tokens = jnp.asarray(np.random.default_rng(0).zipf(1.3, (4, 1025)) % VOCAB, jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(graph, params, rest):
+        def loss(params):
+            logits = nnx.merge(graph, params, rest)(tokens[:, :-1])
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2).mean()
+
+        return nnx.to_pure_dict(jax.grad(loss)(params))
+
+    config = ModelConfig(attention="dense", layers=1, width=32, heads=2, dtype="float32")
+    exact, rounded = (
+        gradients(*nnx.split(Transformer(each, vocab_size=VOCAB, max_length=1024, rngs=nnx.Rngs(0)), nnx.Param, ...))
+        for each in (config, dataclasses.replace(config, dtype="bfloat16"))
+    )
+    errors = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(x)), exact, rounded)
+    for path, error in jax.tree_util.tree_leaves_with_path(errors):
+        assert error < 0.03, jax.tree_util.keystr(path)
+
+
 def test_rematerialisation_changes_nothing_but_memory(tokens):
     def loss_and_gradients(remat: str):
         graph, params, rest = nnx.split(make(attention="hash", layers=1, remat=remat), nnx.Param, ...)

@@ -86,6 +86,9 @@ def attend_from_one(
     """
     options = _Options(dispatch.choose(implementation, query.shape[3]), query.shape[3] ** -0.5)
 
+    if query.size == 0:
+        return query, order
+
     def run(query, key, value, query_hash, key_hash, order, position):
         order = _with_token(order, key_hash, position)
         start, stop = _runs(query_hash, key_hash, position, exclude_self)

@@ -113,7 +113,7 @@ def attend_cached(
     marks = {name: cache[f"cached_{name}"] for name in kind.cached_marks}
     seen = new._replace(key=cache["cached_key"], value=cache["cached_value"], key_marks=marks)
     order = cache.get("cached_order")
-    if length > 1:
+    if length != 1:
         # Places behind the new tokens are later than they are: causality hides them.
         output = kind.attend(seen, query_offset=start, implementation=implementation)
         order = None if order is None else bucket_cache.order_of(marks["hash"], cache["cache_index"])

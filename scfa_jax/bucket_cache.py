@@ -19,7 +19,7 @@ from scfa_jax.sorting import Implementation, iota
 
 # Places from which on a cache keeps the order, by what reads it: with fewer, reading all keys is about as fast.
 LEAST_ROOM = {
-    "cpu": 1024,  # two cores of an AMD EPYC, 16 buckets, presets "cpu" and "bytes" of `python -m benchmarks.decoding`
+    "cpu": 2048,  # two cores of an AMD EPYC, 16 buckets, presets "cpu" and "bytes" of `python -m benchmarks.decoding`
     "triton": 4096,  # a guess, until that has run on a GPU
 }
 

@@ -157,6 +157,13 @@ def test_the_kernels_take_several_tokens_too():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_implementation_is_heeded_whether_it_is_for_one_token_or_several(size):
+    part, *_ = in_parts(inputs("hash"), (size,))
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        attend_cached(new_cache("hash"), **part, **options_of("hash"), implementation="cuda")
+
+
 @pytest.mark.parametrize("parts", [(4, 4, 1, 1, 1, 1), (4, 4, 4)], ids=["one token", "several"])
 def test_places_not_yet_filled_and_keys_that_take_no_part_may_hold_anything(parts):
     step, whole = step_of("grouped drop"), inputs("grouped drop")

@@ -1,6 +1,7 @@
 """A token that decodes in hash mode meets its bucket, as all tokens at once do, and reads nothing else of the cache."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,24 @@ def test_tokens_one_by_one_meet_what_they_meet_all_at_once(implementation, exclu
     assert np.any(np.all(exact == 0, axis=3))
     assert np.all(got[exact == 0] == 0)
     np.testing.assert_array_equal(order[..., :LENGTH], bucket_cache.order_of(given["key_hash"], LENGTH)[..., :LENGTH])
+
+
+every_size = itertools.product((16, 64, 128, 256), (jnp.float32, jnp.bfloat16))
+on_gpu = [pytest.param(*case, marks=pytest.mark.gpu) for case in every_size]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(80, jnp.bfloat16), (24, jnp.float16), *on_gpu], ids=str)
+def test_kernels_are_as_exact_as_plain_jax(head_dim, dtype):
+    rng, room = np.random.default_rng(0), 700
+    rows = [rng.normal(size=(1, length, heads, head_dim)) for length, heads in ((1, 4), (room, 2), (room, 2))]
+    rows = [jnp.asarray(x, dtype) for x in rows]
+    key_hash, position = rng.choice(IDS, (1, room, 2), p=SHARES), jnp.int32(room - 2)
+    ids = IDS[[[[2, 2, 0, 3]]]], key_hash, bucket_cache.order_of(key_hash, position), position
+    exact, _ = jax.jit(step("xla"))(*(x.astype(jnp.float32) for x in rows), *ids)
+    plain, got = (jax.jit(step(name))(*rows, *ids)[0] for name in ("xla", IMPLEMENTATIONS[-1]))
+    assert got.dtype == dtype
+    error = lambda x: np.max(np.abs(np.asarray(x, np.float32) - exact))
+    assert error(got) <= 2 * error(plain) + 1e-6
 
 
 def test_other_buckets_may_hold_anything(implementation):

@@ -50,6 +50,7 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
     assert (sparse["train_seconds"], sparse["seconds"], sparse["compile_seconds"]) == (10, 25, 5)
     assert (sparse["held_out_bits"], sparse["best_held_out_bits"], sparse["best_held_out_step"]) == (1, 1, 40)
     assert (sparse["tokens_per_second"], sparse["speed_up"], dense["speed_up"]) == (800, 2, 1)
+    assert (dense["density"], sparse["density"]) == (1, pytest.approx((0.3 + 0.26) / 2))
     assert dense["model_flop_utilisation"] == pytest.approx(0.1 / 0.5)
     assert (dense["peak_memory_bytes"], sparse["peak_memory_bytes"]) == (2**30 + 40, None)
     # 4 bits after 2.5 s and 2 after 5 s: 3.5 a quarter of the way.
@@ -67,16 +68,21 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
         "held-out bits per byte",
         "best",
         "seconds to 3.5 bits",
+        "pairs / dense",
         "tokens/s",
         "speed-up",
         "peak memory, GiB",
         "model FLOP utilisation",
     ]
     assert (
-        rows[0] == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 400 | 1.00x | 1.00 | 20.0% |"
+        rows[0]
+        == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 1.000 | 400 | 1.00x | 1.00 | 20.0% |"
     )
-    assert rows[1] == "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 3.1 | 800 | 2.00x |  | 40.0% |"
-    assert rule.count("---") == 14
+    assert (
+        rows[1]
+        == "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 3.1 | 0.280 | 800 | 2.00x |  | 40.0% |"
+    )
+    assert rule.count("---") == 15
     assert text in capsys.readouterr().out
     pictures = {path.name for path in out.iterdir() if path.suffix == ".png"}
     assert pictures == {"loss.png", "speed-and-buckets.png", "buckets-b.png"}

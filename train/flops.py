@@ -45,22 +45,39 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     matrices = sum(leaf.size for path, leaf in leaves if path[0].key != "position")
-    causal = length * (length + 1) / 2
-    pairs_of = {
-        "dense": causal,
-        "dense-cudnn": causal,
-        "hash": causal / config.num_buckets,
-        "reformer": causal / config.num_buckets,
-        "qk": (1 - config.drop_rate) ** 2 * causal,
-        "topk": (1 - config.drop_rate) * causal,
-        "sparsek": _sparsek_pairs(config, length),
+    pairs = sum(layer_densities(config, length)) * _causal_pairs(length)
+    return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)
+
+
+def layer_densities(config: ModelConfig, length: int) -> list[float]:
+    """The pairs that the attention of each layer asks for in training, over those of dense causal attention.
+
+    Args:
+        config: The model. Its buckets count as equal in size, and its share of dropped tokens as at its end.
+        length: Tokens a sequence.
+
+    Returns:
+        One number a layer, the mean over its heads.
+    """
+    causal = _causal_pairs(length)
+    density_of = {
+        "dense": 1.0,
+        "dense-cudnn": 1.0,
+        "hash": 1 / config.num_buckets,
+        "reformer": 1 / config.num_buckets,
+        "qk": (1 - config.drop_rate) ** 2,
+        "topk": 1 - config.drop_rate,
+        "sparsek": _sparsek_pairs(config, length) / causal,
         "identity": 0.0,
     }
-    pairs = sum(
-        pairs_of[kind] if kind in pairs_of else static_kinds(config, layer)[kind].pairs(length)
+    return [
+        density_of[kind] if kind in density_of else static_kinds(config, layer)[kind].pairs(length) / causal
         for layer, kind in enumerate(config.layer_kinds())
-    )
-    return sequences * (6.0 * matrices * length + 12.0 * pairs * config.width)
+    ]
+
+
+def _causal_pairs(length: int) -> float:
+    return length * (length + 1) / 2
 
 
 def _sparsek_pairs(config: ModelConfig, length: int) -> float:

@@ -13,7 +13,7 @@ import tyro
 
 from train.config import Config
 from train.errors import TrainError
-from train.flops import peak_flops
+from train.flops import layer_densities, peak_flops
 from train.folder import expanded, load_config, load_facts
 from train.mesh import axis_sizes
 from train.metrics import read_metrics
@@ -123,6 +123,7 @@ def summary(
         "held_out_perplexity": _last(history, "held_out_perplexity"),
         "best_held_out_bits": held_out[best],
         "best_held_out_step": held_out_steps[best],
+        "density": _density(config, history),
         "tokens_per_second": rate,
         "peak_memory_bytes": max(column(history, "peak_memory_bytes")[1], default=None),
         "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak / devices if flops and peak else None,
@@ -150,6 +151,7 @@ def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> st
         "best_held_out_bits": ("best", "{:.4f}".format),
         "held_out_perplexity": ("held-out perplexity", "{:.2f}".format),
         "seconds_to_target": (f"seconds to {target} bits", "{:,.1f}".format),
+        "density": ("pairs / dense", "{:.3f}".format),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
         "speed_up": ("speed-up", "{:.2f}x".format),
         "peak_memory_bytes": ("peak memory, GiB", lambda size: f"{size / 2**30:.2f}"),
@@ -180,6 +182,15 @@ def _unit(histories: Mapping[str, History]) -> str:
         listed = ", ".join(f"{name} per {unit}" for name, unit in found.items())
         raise TrainError(f"Runs on text and on images cannot be compared ({listed}). Report on them apart.")
     return str(next(iter(found.values())))
+
+
+def _density(config: Config, history: History) -> float:
+    """Allowed pairs over those of dense attention, the mean over layers: of hash layers as last measured, if it was."""
+    densities = layer_densities(config.model, config.data.seq_len)
+    hashed = [layer for layer, kind in enumerate(config.model.layer_kinds()) if kind == "hash"]
+    for layer, measured in zip(hashed, _last(history, "bucket_pairs") or [], strict=False):
+        densities[layer] = measured
+    return sum(densities) / len(densities)
 
 
 def _last(history: History, name: str) -> Any:

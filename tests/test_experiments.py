@@ -1,0 +1,75 @@
+"""The experiments: that their runs can be made, and that they are made once, in parts, with the results on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import experiments
+from benchmarks.experiments import EXPERIMENTS, Experiment, Options
+from train.__main__ import main as train_main
+from train.options import parse
+
+TINY = Experiment(
+    "text.txt",
+    "--layers 1 --width 16 --heads 2 --seq-len 16 --batch-size 2 --warmup 1 --eval-every 2 --log-every 1 "
+    "--eval-tokens 64 --checkpoint-every 2 --sample-length 0 --dtype float32",
+    {"dense": "--attention dense --steps 2", "hash": "--attention hash --steps 4"},
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_is_a_command_that_train_takes(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    found = {
+        run: parse(experiments.arguments(experiment, run, Options(name, data=tmp_path))) for run in experiment.runs
+    }
+    assert len({(config.model, config.optimizer, config.run) for config in found.values()}) == len(found)
+    same = {(config.data, config.model.layers, config.model.width, config.optimizer.lr) for config in found.values()}
+    assert len(same) == 1
+    assert all(0 < config.optimizer.warmup < config.optimizer.steps for config in found.values())
+
+
+def test_runs_are_made_once_and_in_parts_and_stand_side_by_side(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def train(command, seconds):
+        commands.append(command)
+        stopped = [] if len(commands) != 2 else ["--stop-at", "2"]  # the second, as if its time were up
+        return train_main([*command, *stopped]) or (143 if stopped else 0)
+
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
+    folders = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert experiments.main(["tiny", *folders]) == 1
+    known = json.loads((tmp_path / "out" / "tiny.json").read_text())["runs"]
+    assert list(known) == ["dense"]
+    assert "hash ended with code 143" in capsys.readouterr().err
+    assert experiments.main(["tiny", *folders, "--time-limit", "1e-9"]) == 1
+    assert len(commands) == 2
+    assert experiments.main(["tiny", *folders]) == 0
+    assert commands[2] == ["--resume", "--out", str(tmp_path / "runs" / "tiny" / "hash")]
+    runs = json.loads((tmp_path / "out" / "tiny.json").read_text())["runs"]
+    assert list(runs) == ["dense", "hash"]
+    assert runs["dense"] == known["dense"]
+    assert runs["hash"]["summary"]["steps"] == 4
+    assert [line["step"] for line in runs["hash"]["history"] if "held_out_bits_per_byte" in line] == [0, 2, 4]
+    assert runs["hash"]["environment"]["command"].endswith("--attention hash --steps 4 " + " ".join(commands[1][-4:]))
+    assert "| hash | hash | 4 |" in capsys.readouterr().out
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"tiny-loss.png", "tiny-speed.png", "tiny-buckets.png"}
+
+
+def test_a_run_that_takes_too_long_is_stopped_by_a_signal(monkeypatch):
+    monkeypatch.setattr(experiments, "COMMAND", ["sleep"])
+    assert experiments.train(["60"], 0.1) == -15
+    assert experiments.train(["0"], float("inf")) == 0
+
+
+def test_mistakes_are_one_line(capsys):
+    for mistake in (["none"], ["mnist", "--only", "dense,none"]):
+        assert experiments.main(mistake) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -2,16 +2,18 @@
 
 For every kind of attention and length: reading a prompt of that length into the cache, each token that follows, and
 one pass over the whole sequence, which is what a token costs without a cache. Weights are random; the likeliest token
-is taken.
+is taken. Where `hash:16/bucket` passes `hash:16/all` is what `LEAST_ROOM` in `scfa_jax/bucket_cache.py` is set by.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,10 @@ from flax import nnx
 from benchmarks import results, timing
 from benchmarks.training import configuration
 from models import Transformer
+from scfa_jax import bucket_cache
 
 VOCAB_SIZE = 256
+READS = {"bucket": 1, "all": sys.maxsize}  # from how many places on a cache keeps its order by bucket
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Options:
 
     preset: str = "gpt2-small"
     """The model, as `python -m train` names it."""
-    kinds: tuple[str, ...] = ("dense", "hash:16", "qk:0.5")
-    """Kinds of attention, as `python -m benchmarks.training` takes them."""
+    kinds: tuple[str, ...] = ("dense", "hash:16/bucket", "hash:16/all", "qk:0.5")
+    """Kinds of attention, as `python -m benchmarks.training` takes them; hash with what a token reads of the cache."""
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 32_768)
     """Tokens of the prompt."""
     tokens: int = 64
@@ -55,6 +59,16 @@ class Options:
         return None if min(self.lengths, default=0) >= 1 else f"--lengths must be at least 1, got {self.lengths}"
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Makes hash layers read what is said of their caches, a name in `READS`; "" leaves the choice to the library."""
+    if what and what not in READS:
+        raise ValueError(f"--kinds must end in one of {', '.join('/' + name for name in READS)} or none, got /{what}")
+    least = {name: READS[what] if what else room for name, room in bucket_cache.LEAST_ROOM.items()}
+    with mock.patch.dict(bucket_cache.LEAST_ROOM, least):
+        yield
+
+
 def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
     """Times one kind at one length.
 
@@ -71,7 +85,8 @@ def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
         ValueError: The kind is impossible, or cannot decode.
     """
     dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
-    config = configuration(options.preset, kind, dtype)
+    attention, _, reads = kind.partition("/")
+    config = configuration(options.preset, attention, dtype)
     if not config.can_decode():
         raise ValueError(f"--kinds must be able to decode with a cache, got {kind}")
     size = length + options.tokens
@@ -105,13 +120,14 @@ def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
     def whole(weights: nnx.State, prompt: jax.Array) -> jax.Array:
         return next_token(nnx.merge(graph, weights), prompt)
 
-    reading = timing.compile_ahead(read, (weights, prompt))
-    cache, token = reading.function(weights, prompt)
-    following = timing.compile_ahead(follow, (weights, cache, token))
+    with reading(reads):
+        prompting = timing.compile_ahead(read, (weights, prompt))
+        cache, token = prompting.function(weights, prompt)
+        following = timing.compile_ahead(follow, (weights, cache, token))
     again = timing.compile_ahead(whole, (weights, prompt))
     times, errors = timing.take_turns(
         {
-            "prompt": (reading.function, [(weights, prompt)]),
+            "prompt": (prompting.function, [(weights, prompt)]),
             "cached": (following.function, [(weights, cache, token)]),
             "recomputed": (again.function, [(weights, prompt)]),
         },
@@ -131,7 +147,7 @@ def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
         "cache_bytes": sum(x.nbytes for x in jax.tree.leaves(cache)),
         "compile_s": {
             name: round(one.seconds, 2)
-            for name, one in (("prompt", reading), ("cached", following), ("recomputed", again))
+            for name, one in (("prompt", prompting), ("cached", following), ("recomputed", again))
         },
         "same_first_token": bool((np.asarray(again.function(weights, prompt)) == np.asarray(token)).all()),
         "times": times,

@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from scfa_jax import bucket_cache
 from scfa_jax.sparsity import Implementation, Layout, Operands, Sparsity, kind_of, operands
 
 # What attention keeps of `S` places, filled one after another, under Flax's names: `cached_key` and `cached_value`
-# `[B, S, K, H]`, as they enter attention; `cached_<mark>` `[B, S, K]` for each mark of a key; and `cache_index`,
-# int32 `[]`, the next place. Kinds that do not keep every token have a cache of their own.
+# `[B, S, K, H]`, as they enter attention; `cached_<mark>` `[B, S, K]` for each mark of a key; `cached_order`, int32
+# `[B, K, S]`, as `bucket_cache` has it, for kinds that keep one; and `cache_index`, int32 `[]`, the next place. Kinds
+# that do not keep every token have a cache of their own.
 Cache: TypeAlias = dict[str, jax.Array]
 
 
@@ -42,12 +44,13 @@ def empty_cache(
     if not kind.caches_every_token:
         return kind.empty_cache(layout, batch_size, dtype)
     places = (batch_size, max_length, layout.num_key_value_heads)
-    marks = kind.cached_marks
+    marks, keeps_order = kind.cached_marks, kind.keeps_order(max_length, layout.head_dim)
     return {
         "cached_key": jnp.zeros((*places, layout.head_dim), dtype),
         "cached_value": jnp.zeros((*places, layout.head_dim), dtype),
         "cache_index": jnp.zeros((), jnp.int32),
         **{f"cached_{name}": jnp.full(places, fill) for name, fill in marks.items()},
+        **({"cached_order": jnp.zeros((batch_size, places[2], max_length), jnp.int32)} if keeps_order else {}),
     }
 
 
@@ -66,7 +69,8 @@ def attend_cached(
     """Adds any number of tokens to a cache, and attends from them to all tokens in it.
 
     Equal to `scfa_jax.sparsity.attend` over the whole sequence, whatever the parts it comes in. One token reads the
-    cache once, in plain JAX, or as much of it as the kind says; several go through the operators, which skip tiles.
+    cache once, in plain JAX, or as much of it as the kind says; with an order by bucket it reads the keys of its bucket
+    alone. Several go through the operators, which skip tiles.
 
     Args:
         cache: What came before.
@@ -76,7 +80,7 @@ def attend_cached(
         sparsity: A kind or None, that of the cache.
         positions: int32 `[1 or B, T]` for `rotary`; if None, they go on from `cache.cache_index`.
         segment_ids: Must be None.
-        implementation: As in `scfa_jax.causal_attention`; one token at a time makes no difference.
+        implementation: As in `scfa_jax.causal_attention`; for one token it matters only with an order by bucket.
         **options: The further options of `scfa_jax.sparsity.operands`.
 
     Returns:
@@ -108,11 +112,16 @@ def attend_cached(
     cache = _extended(cache, new)
     marks = {name: cache[f"cached_{name}"] for name in kind.cached_marks}
     seen = new._replace(key=cache["cached_key"], value=cache["cached_value"], key_marks=marks)
-    if length == 1:
-        output = _attend_from_one(seen, kind, start)
-    else:
+    order = cache.get("cached_order")
+    if length != 1:
         # Places behind the new tokens are later than they are: causality hides them.
         output = kind.attend(seen, query_offset=start, implementation=implementation)
+        order = None if order is None else bucket_cache.order_of(marks["hash"], cache["cache_index"])
+    elif order is not None:
+        output, order = kind.attend_in_bucket(seen, order, start, implementation=implementation)
+    else:
+        output = _attend_from_one(seen, kind, start)
+    cache |= {} if order is None else {"cached_order": order}
     return jnp.where(cache["cache_index"] <= max_length, output, jnp.nan), cache
 
 

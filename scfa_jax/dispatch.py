@@ -25,7 +25,7 @@ def attend(query, key, value, index, scale, implementation, block_sizes, output_
     _checks.index_fits(index, query.shape, key.shape)
     options = _Options(
         scale=_checks.scale(scale, query.shape[3]),
-        implementation=_choose(implementation, query.shape[3]),
+        implementation=choose(implementation, query.shape[3]),
         blocks=_fit_blocks(block_sizes, query, key),
         output_dtype=_checks.output_dtype(output_dtype, query.dtype),
     )
@@ -50,7 +50,7 @@ class _Options:
     output_dtype: jnp.dtype
 
 
-def _choose(implementation: Implementation, head_dim: int) -> str | None:
+def choose(implementation: Implementation, head_dim: int) -> str | None:
     """The first implementation that can do it, or None to leave the choice to the platform."""
     if implementation is None:
         return None if _compat.has_triton() and _triton_problem(head_dim) is None else "xla"
@@ -126,7 +126,7 @@ def _of_key(key: jax.Array) -> str:
 
 @_differentiated_no_further
 def _results(options: _Options, query, key, value, index):
-    run = functools.partial(_by_platform, options, _forward)
+    run = functools.partial(by_platform, options, _forward)
     arrays = (_ROWS, _ROWS, _ROWS, _VECTORS)
     return partitioning.split(run, arrays, (_ROWS, _VECTORS))(query, key, value, index)
 
@@ -134,7 +134,7 @@ def _results(options: _Options, query, key, value, index):
 @_differentiated_no_further
 def _gradients(options: _Options, query, key, value, index, output, logsumexp, output_gradient, logsumexp_gradient):
     gradients = (output_gradient.astype(query.dtype), logsumexp_gradient.swapaxes(1, 2))
-    run = functools.partial(_by_platform, options, _backward)
+    run = functools.partial(by_platform, options, _backward)
     arrays = (_ROWS, _ROWS, _ROWS, _VECTORS, _ROWS, _VECTORS, _ROWS, _VECTORS)
     of_key = _of_key(key) + partitioning.SUMMED
     return partitioning.split(run, arrays, (_ROWS, of_key, of_key))(
@@ -143,8 +143,8 @@ def _gradients(options: _Options, query, key, value, index, output, logsumexp, o
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # else each call outside of jit compiles its loops again
-def _by_platform(options: _Options, run, *arrays):
-    """Calls `run(implementation, options, *arrays)`, chosen by the platform that the code is lowered for."""
+def by_platform(options, run, *arrays):
+    """Calls `run(options.implementation, options, *arrays)`; for None the platform that it is lowered for decides."""
     if options.implementation is not None:
         return run(options.implementation, options, *arrays)
     return jax.lax.platform_dependent(

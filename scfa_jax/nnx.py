@@ -153,6 +153,8 @@ class CausalSelfAttention(nnx.Module):
         self.layout.check_input("input_shape", input_shape)
         dtype = dtype or self.value.dtype or self.value.param_dtype
         cache = empty_cache(self.layout, self.sparsity, input_shape[0], input_shape[1], dtype)
+        for name in set(self._cache_names) - cache.keys():  # only a cache with enough room keeps an order
+            delattr(self, name)
         for name, x in cache.items():
             setattr(self, name, nnx.Cache(x))
         self._cache_names = tuple(cache)

@@ -20,7 +20,7 @@ import scfa_jax.nnx
 from models import ModelConfig, Transformer
 from models.attention import make_attention
 from models.rotary import rotary
-from scfa_jax import reference
+from scfa_jax import bucket_cache, reference
 from scfa_jax.decoding import attend_cached, empty_cache
 from scfa_jax.sparsity import Drop, Hash, Layout, operands
 
@@ -29,6 +29,7 @@ FEATURES = HEADS * HEAD_DIM
 PARTS = (4, 1, 1, 4, 1, 1)
 SEED = jax.random.key(5)
 
+WITHOUT_ORDER = "grouped hash"  # its tokens read the whole cache, those of other hashes their bucket
 # sparsity, key heads, whether keys are the queries
 KINDS = {
     "dense": (None, 4, False),
@@ -38,6 +39,11 @@ KINDS = {
     "grouped hash of own keys, sees itself": (Hash(2, exclude_self=False, before_rotary=True), 2, False),
     "grouped drop": (Drop(0.4), 2, False),
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_caches_keep_an_order(monkeypatch):
+    monkeypatch.setattr(bucket_cache, "LEAST_ROOM", dict.fromkeys(bucket_cache.LEAST_ROOM, 1))
 
 
 def layout_of(sparsity, key_heads: int, shared: bool) -> Layout:
@@ -72,7 +78,10 @@ def options_of(name: str) -> dict:
 
 def new_cache(name: str, dtype=jnp.float32):
     sparsity, *_ = KINDS[name]
-    return empty_cache(layout_of(*KINDS[name]), sparsity, BATCH, ROOM, dtype)
+    cache = empty_cache(layout_of(*KINDS[name]), sparsity, BATCH, ROOM, dtype)
+    if name == WITHOUT_ORDER:
+        del cache["cached_order"]
+    return cache
 
 
 @functools.cache
@@ -146,6 +155,13 @@ def test_the_kernels_take_several_tokens_too():
     _, cache = step(new_cache("hash"), **first, implementation="xla")
     expected, got = (step(cache, **second, implementation=name)[0] for name in ("xla", IMPLEMENTATIONS[-1]))
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_implementation_is_heeded_whether_it_is_for_one_token_or_several(size):
+    part, *_ = in_parts(inputs("hash"), (size,))
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        attend_cached(new_cache("hash"), **part, **options_of("hash"), implementation="cuda")
 
 
 @pytest.mark.parametrize("parts", [(4, 4, 1, 1, 1, 1), (4, 4, 4)], ids=["one token", "several"])
@@ -255,7 +271,7 @@ def test_a_cache_has_flax_names_and_must_be_there():
     ours = scfa_jax.linen.CausalSelfAttention(8, 2, sparsity=Hash(4), decode=True)
     init = lambda layer: jax.eval_shape(layer.init, {"params": SEED, "sparsity": SEED}, jnp.ones((1, 3, 8)))
     variables, flax = init(ours), init(nn.MultiHeadDotProductAttention(2, decode=True))
-    assert set(variables["cache"]) == {*flax["cache"], "cached_hash"}
+    assert set(variables["cache"]) == {*flax["cache"], "cached_hash", "cached_order"}
     del variables["cache"]
     with pytest.raises(ValueError, match="must have the collection 'cache' to decode with, which init"):
         jax.eval_shape(lambda variables: ours.apply(variables, token, mutable=["cache"]), variables)
@@ -267,7 +283,7 @@ def test_a_cache_has_flax_names_and_must_be_there():
         module.init_cache((1, 8))
     module.init_cache((1, 3, 8))
     made = nnx.to_pure_dict(nnx.state(module, nnx.Cache))
-    assert set(made) == {*flax["cache"], "cached_hash"}
+    assert set(made) == {*flax["cache"], "cached_hash", "cached_order"}
     assert made["cached_key"].dtype == jnp.bfloat16
     assert made["cached_hash"].shape == (1, 3, 2)
     assert nnx.eval_shape(lambda module, x: nnx.view(module, decode=True)(x), module, token).shape == token.shape

@@ -57,8 +57,8 @@ def forward(
 
             def visit(j, softmax, edge):
                 mask, has_query = head.mask(j, low, high) if edge else (None, None)
-                value_tile = _silenced(head.key_tile(values, j), has_query)
-                return tile.add_keys(softmax, rows, head.key_tile(keys, j), value_tile, mask, scale2, _dot)
+                value_tile = silenced(head.key_tile(values, j), has_query)
+                return tile.add_keys(softmax, rows, head.key_tile(keys, j), value_tile, mask, scale2, dot)
 
             softmax = tile.walk(tuple(bounds), visit, tile.empty_softmax(*rows.shape))
             return tile.finish(softmax, scale2)
@@ -66,7 +66,7 @@ def forward(
         output, logsumexp = jax.lax.map(one_tile, (queries, head.low, head.high, head.bounds))
         return head.original_queries(output).astype(output_dtype), head.original_queries(logsumexp)
 
-    output, logsumexp = _over(batch, num_heads, one_head)
+    output, logsumexp = over_heads(batch, num_heads, one_head)
     return output.swapaxes(1, 2), logsumexp
 
 
@@ -94,7 +94,7 @@ def backward(
         lse = head.query_vector(logsumexp[b, n], -jnp.inf)
         has_key = lse != -jnp.inf
         queries, outputs, cotangents = (
-            _silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output, output_gradient)
+            silenced(head.query_tiles(x[b, :, n]), has_key) for x in (query, output, output_gradient)
         )
         lse_cotangents = head.query_vector(logsumexp_gradient[b, n], 0)
         deltas = jnp.where(has_key, tile.delta(outputs, cotangents, lse_cotangents), 0.0)
@@ -106,21 +106,21 @@ def backward(
             def visit(j, carry, edge):
                 dq, dk, dv = carry
                 mask, has_query = head.mask(j, low, high) if edge else (None, None)
-                key_tile, value_tile = (_silenced(head.key_tile(x, j), has_query) for x in (keys, values))
+                key_tile, value_tile = (silenced(head.key_tile(x, j), has_query) for x in (keys, values))
                 weights, score_gradient = tile.weights_and_score_gradient(
-                    _dot(rows, key_tile.T),
-                    _dot(cotangent, value_tile.T),
+                    dot(rows, key_tile.T),
+                    dot(cotangent, value_tile.T),
                     lse[:, None],
                     delta[:, None],
                     mask,
                     scale * tile.LOG2_E,
                 )
                 weights, score_gradient = (x.astype(rows.dtype) for x in (weights, score_gradient))
-                dq += _dot(score_gradient, key_tile)
+                dq += dot(score_gradient, key_tile)
                 return (
                     dq,
-                    head.add(dk, j, _dot(score_gradient.T, rows)),
-                    head.add(dv, j, _dot(weights.T, cotangent)),
+                    head.add(dk, j, dot(score_gradient.T, rows)),
+                    head.add(dv, j, dot(weights.T, cotangent)),
                 )
 
             dq = jnp.zeros(rows.shape, jnp.float32)
@@ -154,7 +154,7 @@ def backward(
             head.original_keys(dv).astype(value.dtype),
         )
 
-    dq, dk, dv = _over(batch, key_heads, one_key_head)
+    dq, dk, dv = over_heads(batch, key_heads, one_key_head)
     dq = dq.reshape(batch, num_heads, *dq.shape[3:])
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
@@ -239,7 +239,7 @@ class _Head:
         return _unsorted(x[: self.key_length], self.key_order)
 
 
-def _over(batch: int, heads: int, one_head):
+def over_heads(batch: int, heads: int, one_head):
     """Calls `one_head(b, n)` for all heads and returns the results as `[batch, heads, ...]`.
 
     A CPU takes them one by one, so that each visits its own tiles only. Elsewhere they run together, each loop as
@@ -253,12 +253,12 @@ def _over(batch: int, heads: int, one_head):
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), result)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _silenced(rows: jax.Array, keep: jax.Array | None) -> jax.Array:
+def silenced(rows: jax.Array, keep: jax.Array | None) -> jax.Array:
     """Zeros in place of rows that take no part, whatever they hold: a weight of 0 does not silence a NaN."""
     return rows if keep is None else jnp.where(keep[..., None], rows, 0)
 

@@ -137,6 +137,35 @@ class Sparsity:
         del position, length
         return None
 
+    def keeps_order(self, max_length: int, head_dim: int) -> bool:
+        """Tells whether a cache also keeps its keys' order by their mark `hash`, for `attend_in_bucket`.
+
+        Args:
+            max_length: Number of places `S`.
+            head_dim: `H`.
+
+        Returns:
+            Whether.
+        """
+        del max_length, head_dim
+        return False
+
+    def attend_in_bucket(
+        self, cached: Operands, order: jax.Array, position: jax.Array, *, implementation: Implementation
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attends from one token, reading the keys of its bucket alone, where the cache `keeps_order`.
+
+        Args:
+            cached: The token's query, and all keys of the cache with its own.
+            order: int32 `[B, K, S]`, that of the tokens before.
+            position: int32 `[]`, where the token stands.
+            implementation: As in `scfa_jax.causal_attention`.
+
+        Returns:
+            `[B, 1, N, H]` in the dtype of the query, and the order with the token in it.
+        """
+        raise NotImplementedError(f"{self!r} has no buckets.")
+
     def attend(self, operands: Operands, **options: Any) -> jax.Array:
         """Calls the operator.
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scfa_jax import bucket_cache
 from scfa_jax.attention import hash_sparse_attention
 from scfa_jax.hashing import check_num_buckets, lsh_hash, random_rotations
-from scfa_jax.sparsity.base import Layout, Marks, Operands, Projections, Sparsity
+from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Projections, Sparsity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,36 @@ class Hash(Sparsity):
         """
         last = query_position - int(self.exclude_self)
         return (key_position <= last) & (query_marks["hash"] == key_marks["hash"])
+
+    def keeps_order(self, max_length: int, head_dim: int) -> bool:
+        """Tells whether a cache keeps its keys' order: as `bucket_cache.pays`.
+
+        Args:
+            max_length: Number of places `S`.
+            head_dim: `H`.
+
+        Returns:
+            Whether.
+        """
+        return bucket_cache.pays(max_length, head_dim)
+
+    def attend_in_bucket(
+        self, cached: Operands, order: jax.Array, position: jax.Array, *, implementation: Implementation
+    ) -> tuple[jax.Array, jax.Array]:
+        """Calls `bucket_cache.attend_from_one`; all as in `Sparsity.attend_in_bucket`."""
+        query, key, value, query_marks, key_marks = cached
+        assert key_marks is not None
+        return bucket_cache.attend_from_one(
+            query,
+            key,
+            value,
+            query_marks["hash"],
+            key_marks["hash"],
+            order,
+            position,
+            exclude_self=self.exclude_self,
+            implementation=implementation,
+        )
 
     def attend(self, operands: Operands, **options: Any) -> jax.Array:
         """Calls `hash_sparse_attention`.

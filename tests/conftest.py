@@ -31,8 +31,8 @@ IMPLEMENTATIONS = ("triton",) if HAS_GPU else ("xla", "triton_interpret")
 
 
 def examples(number: int) -> int:
-    """How many examples to draw: all of them on the many cores beside a GPU, a quarter but at least four elsewhere."""
-    return number if HAS_GPU else min(number, max(4, number // 4))
+    """How many examples to draw: all of them on the many cores beside a GPU, a fifth but at least three elsewhere."""
+    return number if HAS_GPU else min(number, max(3, number // 5))
 
 
 hypothesis.settings.register_profile(

@@ -181,9 +181,9 @@ def test_nan_in_a_row_that_takes_part_is_not_hidden(implementation):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reruns_give_the_same_bits(implementation, pattern):
+def test_reruns_give_the_same_bits(one_implementation, pattern):
     case = make_case(pattern, np.random.default_rng(10), Shape(2, 70, 70, 4, 2, 16), jnp.bfloat16)
-    for x, y in zip(run(case, implementation), run(case, implementation), strict=True):
+    for x, y in zip(run(case, one_implementation), run(case, one_implementation), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
@@ -195,8 +195,13 @@ def test_empty_sequences(one_implementation, pattern, lengths):
 
 @pytest.mark.parametrize("lengths", [(1, 9), (9, 1)], ids=str)
 @pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
-def test_sequences_of_one(implementation, pattern, lengths):
-    check_short(pattern, lengths, implementation)
+def test_sequences_of_one(one_implementation, pattern, lengths):
+    check_short(pattern, lengths, one_implementation)
+
+
+@pytest.mark.parametrize("lengths", [(1, 9), (9, 1)], ids=str)
+def test_kernels_take_sequences_of_one(implementation, lengths):
+    check_short("hash", lengths, implementation)
 
 
 def check_short(pattern, lengths, implementation):
@@ -231,13 +236,13 @@ def test_without_a_batch_axis(one_implementation, pattern):
     np.testing.assert_array_equal(logsumexp, want_logsumexp[0])
 
 
-@pytest.mark.parametrize("axes", [(1,), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("axes", [(1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("pattern", ["hash", "keep", "range"])
-def test_axes_of_one_broadcast(implementation, pattern, axes):
+def test_axes_of_one_broadcast(one_implementation, pattern, axes):
     case = make_case(pattern, np.random.default_rng(13), Shape(2, 40, 40, 2, 2, 16), jnp.float32)
     narrow = tuple(x[tuple(slice(1) if i in axes else slice(None) for i in range(3))] for x in case.pattern)
     wide = tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(narrow, case.pattern, strict=True))
-    attend = partial(case.operator, **case.options, **options(implementation))
+    attend = partial(case.operator, **case.options, **options(one_implementation))
     compiled = jax.jit(attend, compiler_options=AS_USERS_COMPILE)
     results = [compiled(case.query, case.key, case.value, *pattern) for pattern in (narrow, wide)]
     np.testing.assert_array_equal(*results)

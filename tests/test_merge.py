@@ -106,9 +106,9 @@ def dense_of(case, *qkv, **options):
     return case.dense(*qkv, *case.pattern, **case.options, return_residual=True, **options)
 
 
-def test_a_float32_output_rounds_to_the_bfloat16_one(implementation):
+def test_a_float32_output_rounds_to_the_bfloat16_one(one_implementation):
     case = make_case("hash", np.random.default_rng(4), Shape(1, 40, 40, 2, 2, 16), jnp.bfloat16)
-    attend = partial(case.attend, implementation=implementation, block_sizes=SMALL_BLOCKS)
+    attend = partial(case.attend, implementation=one_implementation, block_sizes=SMALL_BLOCKS)
 
     @partial(jax.jit, compiler_options=AS_USERS_COMPILE)
     def results(query, key, value):

@@ -40,7 +40,7 @@ def members(bounds, i, j):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=5)  # the arithmetic is the same; only the loads differ
+@settings(max_examples=3)  # the arithmetic is the same; only the loads differ
 @given(data=st.data())
 def test_the_kernel_finds_the_same_bounds(pattern, data):
     case = data.draw(drawn_cases(pattern))

@@ -84,9 +84,9 @@ def test_grad_of_vmap(implementation):
 
 
 @pytest.mark.parametrize("pattern", ["hash", "range"])
-def test_inside_scan_and_checkpoint(implementation, pattern):
+def test_inside_scan_and_checkpoint(one_implementation, pattern):
     case = case_of(pattern)
-    attend = attention_of(case, implementation)
+    attend = attention_of(case, one_implementation)
 
     def layers(query, body):
         step = lambda x, _: (x + body(x, case.key, case.value, *case.pattern), None)
@@ -108,11 +108,11 @@ def test_integer_arguments_have_no_gradient(implementation):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_one_trace_while_values_hashes_and_masks_change(implementation, pattern):
+def test_one_trace_while_values_hashes_and_masks_change(one_implementation, pattern):
     """New data of the same shapes never traces again, however many tiles it touches; offsets are data as well."""
     options = {"kind": "4"} if "hash" in pattern else {}
     cases = [case_of(pattern, seed, **options) for seed in range(3)]
-    attend = attention_of(cases[0], implementation)
+    attend = attention_of(cases[0], one_implementation)
 
     @jax.jit
     @chex.assert_max_traces(n=1)

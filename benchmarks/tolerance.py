@@ -153,9 +153,10 @@ def problems(
         got: Results in the order of `NAMES`, or the first few of them.
         dense: From `dense_results`.
         dtype: Of query, key and value.
-        in_tf32_products: Whether float32 operands were taken apart into two TF32 numbers each, as the kernels do on a
-            GPU. What neither holds is up to 2^-22 of an operand: 11 significant bits each, rounded. It shows where the
-            plain implementation is exact, in a row with a single key.
+        in_tf32_products: Whether float32 operands were taken apart into two TF32 numbers each, of 11 significant bits,
+            and multiplied in three products, as the kernels do on a GPU. The fourth product, of both second numbers, is
+            left out: up to 2^-22 of a term. In float32 the plain implementation may equal the reference bit for bit,
+            and then the floor decides alone.
 
     Returns:
         One line for each result that is wrong.

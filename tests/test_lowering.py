@@ -1,5 +1,6 @@
 """The kernels lower for CUDA on a machine without a GPU, forward and backward, and read and write in place."""
 
+import functools
 from collections import Counter
 
 import jax
@@ -13,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import scfa_jax
+from benchmarks import phases
 from scfa_jax.nnx import (
     BigBird,
     CausalSelfAttention,
@@ -103,6 +105,14 @@ def test_vmapped_kernels_lower():
     mapped = jax.vmap(jax.vmap(gradient, (2, None, 0, 1)), (0, None, None, None))
     arguments = (stacked(stacked(query, 2), 0), key, stacked(value, 0), tuple(stacked(x, 1) for x in pattern))
     assert number_of_kernels(lowered_for_cuda(mapped, *arguments)) == ATTENTION + BOUNDS + RANGES + MARKS
+
+
+def test_the_benchmark_times_bounds_as_the_kernels_take_them():
+    index = scfa_jax.causal_index(200, 200)
+    assert (
+        number_of_kernels(lowered_for_cuda(functools.partial(phases._bounds, "triton"), index)) == 2
+    )  # by either side
+    assert number_of_kernels(lowered_for_cuda(functools.partial(phases._bounds, "xla"), index)) == 0
 
 
 def test_the_platform_that_code_is_lowered_for_decides():

@@ -138,15 +138,7 @@ class Hash(Sparsity):
         return (key_position <= last) & (query_marks["hash"] == key_marks["hash"])
 
     def keeps_order(self, max_length: int, head_dim: int) -> bool:
-        """Tells whether a cache keeps its keys' order: as `bucket_cache.pays`.
-
-        Args:
-            max_length: Number of places `S`.
-            head_dim: `H`.
-
-        Returns:
-            Whether.
-        """
+        """Calls `bucket_cache.pays`; all as in `Sparsity.keeps_order`."""
         return bucket_cache.pays(max_length, head_dim)
 
     def attend_in_bucket(

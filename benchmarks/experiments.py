@@ -1,20 +1,26 @@
 """`python -m benchmarks.experiments NAME` trains the models of an experiment and puts them side by side.
 
-Each run is a `python -m train` in a process of its own, one after another. Results are on disk after each; a run that
-is there already is not repeated, and one that a time limit or Ctrl-C ended goes on from its checkpoint, so that an
-experiment can be done in parts. `python -m benchmarks.experiments list` says what there is.
+Each run is a `python -m train` in a process of its own, one after another, or some at once, each on a GPU of its own.
+Results are on disk after each; a run that is there already is not repeated, and one that a time limit or Ctrl-C ended
+goes on from its checkpoint, so that an experiment can be done in parts. `python -m benchmarks.experiments list` says
+what there is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import queue
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +51,7 @@ class Experiment:
     runs: Mapping[str, str]
 
 
-_LONG_TEXT = "--preset bytes --batch-size 4 --lr 1e-3 --sample-length 0"
+_LONG_TEXT = "--preset bytes --lr 1e-3 --sample-length 0"
 _EVALUATED = "--eval-every 250 --eval-tokens 1000000 --log-every 25 --checkpoint-every 500"
 
 
@@ -76,21 +82,23 @@ def _kinds(length: int) -> dict[str, str]:
 EXPERIMENTS = {
     "bytes-8k": Experiment(
         "wikipedia_long.jsonl.gz",
-        f"{_LONG_TEXT} {_EVALUATED} --seq-len 8192 --steps 2000 --warmup 200",
+        f"{_LONG_TEXT} {_EVALUATED} --batch-size 4 --seq-len 8192 --steps 4000 --warmup 200",
         {
-            "dense": "--attention dense",
-            "hash": "--attention hash",
-            "qk": "--attention qk --drop-rate 0.3",
-            "reformer": "--attention reformer",
+            **_kinds(8192),
             "hash-seed-1": "--attention hash --seed 1",
             "dense-seed-1": "--attention dense --seed 1",
             "dense-shared": "--attention dense --share-query-key True --normalize-key True",
             "dense-hash": "--attention dense,hash",
         },
     ),
+    "bytes-16k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_LONG_TEXT} {_EVALUATED} --batch-size 2 --seq-len 16384 --steps 2000 --warmup 200",
+        _kinds(16_384),
+    ),
     "mnist": Experiment(
         "mnist",
-        "--preset mnist --seq-len 784 --batch-size 64 --lr 1e-3 --steps 2500 --warmup 200 --eval-every 500 "
+        "--preset mnist --seq-len 784 --batch-size 64 --lr 1e-3 --steps 5000 --warmup 200 --eval-every 500 "
         "--eval-tokens 784000 --log-every 50 --checkpoint-every 1000",
         {
             "dense": "--attention dense",
@@ -108,20 +116,13 @@ EXPERIMENTS = {
     ),
     "deterministic": Experiment(
         "wikipedia_long.jsonl.gz",
-        f"{_LONG_TEXT} --seq-len 8192 --steps 300 --warmup 30 --eval-every 300 --eval-tokens 100000 --log-every 25",
+        f"{_LONG_TEXT} --batch-size 4 --seq-len 8192 --steps 300 --warmup 30 "
+        "--eval-every 300 --eval-tokens 100000 --log-every 25",
         {
             f"{kind}{name}": f"--attention {kind} {option}"
             for kind in ("dense", "hash")
             for name, option in (("", ""), ("-deterministic", "--deterministic"))
         },
-    ),
-    "kinds-8k": Experiment(
-        "wikipedia_long.jsonl.gz", f"{_LONG_TEXT} {_EVALUATED} --seq-len 8192 --steps 1000 --warmup 100", _kinds(8192)
-    ),
-    "kinds-16k": Experiment(
-        "wikipedia_long.jsonl.gz",
-        f"{_LONG_TEXT} {_EVALUATED} --seq-len 16384 --steps 500 --warmup 50".replace("size 4", "size 2"),
-        _kinds(16_384),
     ),
 }
 # Of a line of metrics; the others are in the summary or say the same in other words.
@@ -132,16 +133,16 @@ COMMAND = [sys.executable, "-m", "train"]
 
 @dataclass(frozen=True)
 class Options:
-    """Train the models of an experiment, one after another, and put them side by side."""
+    """Train the models of experiments and put them side by side."""
 
-    name: tyro.conf.Positional[str]
-    """Of the experiment, or list."""
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """Of experiments, each followed by a colon and some of its runs, separated by commas, if not all; or list."""
     data: Path = Path()
     """Folder of the data."""
-    only: str | None = None
-    """Runs to make, separated by commas; by default all."""
+    at_once: int = 1
+    """Runs at once, each on the next of the GPUs that CUDA_VISIBLE_DEVICES names, which has to be set for that."""
     time_limit: float | None = None
-    """Seconds after which the run under way is stopped, and no other begun."""
+    """Seconds after which the runs under way are stopped, and no other begun."""
     steps: int | None = None
     """Steps of every run, in place of the experiment's, for a trial."""
     runs: Path = Path("runs")
@@ -150,7 +151,7 @@ class Options:
     """Folder of NAME.json and plots. By default benchmarks/results/DEVICE."""
 
 
-def run_experiment(options: Options) -> int:
+def run_experiments(options: Options) -> int:
     """Makes the runs that are missing, and writes results after each.
 
     Args:
@@ -160,72 +161,154 @@ def run_experiment(options: Options) -> int:
         0 if all runs are there, 1 otherwise.
 
     Raises:
-        ValueError: There is no such experiment or run, or the results are of another device.
+        ValueError: There is no such experiment or run, there are too few GPUs, or a file holds other results.
     """
-    if options.name not in EXPERIMENTS:
-        raise ValueError(f"there is no experiment {options.name!r}: {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[options.name]
-    chosen = list(experiment.runs) if options.only is None else options.only.split(",")
-    if unknown := [name for name in chosen if name not in experiment.runs]:
-        raise ValueError(f"{options.name} has no run {unknown[0]!r}: {', '.join(experiment.runs)}")
-    folder = options.out or RESULTS / results.device_slug()
-    file = folder / f"{options.name}.json"
-    record: dict[str, Any] = {"format": results.FORMAT, "experiment": options.name, "runs": {}}
-    if file.exists():
-        record = results.read(file)
-    start = time.monotonic()
-    for name in chosen:
-        if name in record["runs"]:
-            continue
+    chosen = [chosen_runs(name) for name in options.names]
+    lanes = _lanes(options.at_once)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process leaves the memory to the runs
+    results_of = {name: Results(name, options) for name, _ in chosen}
+    start, stopped = time.monotonic(), threading.Event()
+
+    def make(name: str, run: str) -> None:
         left = math.inf if options.time_limit is None else options.time_limit - (time.monotonic() - start)
-        if left <= 0:
-            break
-        run, command = options.runs / options.name / name, arguments(experiment, name, options)
-        print(f"== {name}: python -m train {shlex.join(command)}", flush=True)
-        code = train(command if not (run / "checkpoints").exists() else ["--resume", "--out", str(run)], left)
+        if left <= 0 or stopped.is_set():
+            return
+        environment = lanes.get()
+        try:
+            results_of[name].add(run, left, environment)
+        finally:
+            lanes.put(environment)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        todo = [pool.submit(make, name, run) for name, runs in chosen for run in results_of[name].missing(runs)]
+        try:
+            for made in todo:
+                made.result()
+        except BaseException:  # Ctrl-C, which the runs got too
+            stopped.set()
+            raise
+    for found in results_of.values():
+        found.show()
+    return int(any(results_of[name].missing(runs) for name, runs in chosen))
+
+
+def chosen_runs(text: str) -> tuple[str, list[str]]:
+    """An experiment and the runs of it that a name on the command line means.
+
+    Args:
+        text: NAME or NAME:RUN,RUN.
+
+    Raises:
+        ValueError: There is no such experiment or run.
+    """
+    name, _, some = text.partition(":")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"there is no experiment {name!r}: {', '.join(EXPERIMENTS)}")
+    known = EXPERIMENTS[name].runs
+    runs = some.split(",") if some else list(known)
+    if unknown := [run for run in runs if run not in known]:
+        raise ValueError(f"{name} has no run {unknown[0]!r}: {', '.join(known)}")
+    return name, runs
+
+
+def _lanes(number: int) -> queue.SimpleQueue[dict[str, str]]:
+    """The environments of runs at once: each has a GPU of its own, unless it is one run."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if number > 1 and len(visible) < number:
+        raise ValueError(f"--at-once {number} needs as many GPUs in CUDA_VISIBLE_DEVICES, which has {len(visible)}")
+    lanes: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for lane in [{"CUDA_VISIBLE_DEVICES": name} for name in visible[:number]] if number > 1 else [{}]:
+        lanes.put({**os.environ, **lane})
+    return lanes
+
+
+class Results:
+    """The results of an experiment and their file, to which runs are added from several threads.
+
+    Args:
+        name: Of the experiment.
+        options: From the command line.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+
+    def __init__(self, name: str, options: Options):
+        self._name, self._experiment, self._options = name, EXPERIMENTS[name], options
+        self._folder = options.out or RESULTS / results.device_slug()
+        self._file = self._folder / f"{name}.json"
+        self._lock = threading.Lock()
+        self._record: dict[str, Any] = {"format": results.FORMAT, "experiment": name, "runs": {}}
+        if self._file.exists():
+            self._record = results.read(self._file)
+
+    def missing(self, runs: Sequence[str]) -> list[str]:
+        """Those that the results do not hold."""
+        return [run for run in runs if run not in self._record["runs"]]
+
+    def add(self, run: str, seconds: float, environment: Mapping[str, str]) -> None:
+        """Makes a run, or goes on with it, and adds it to the results if it came to its end.
+
+        Args:
+            run: Its name.
+            seconds: After which it is stopped; may be infinite.
+            environment: That it runs in. What it prints goes to a file beside its folder if it is not the only one.
+        """
+        folder = self._options.runs / self._name / run
+        command = arguments(self._experiment, run, folder, self._options)
+        print(f"== {self._name}, {run}: python -m train {shlex.join(command)}", flush=True)
+        begun = (folder / "checkpoints").exists()
+        log = Path(f"{folder}.log") if self._options.at_once > 1 else None
+        code = train(["--resume", "--out", str(folder)] if begun else command, seconds, environment, log)
         if code:
-            print(f"{name} ended with code {code}: not in the results", file=sys.stderr)
-            continue
-        record["runs"][name] = result(name, run, shlex.join(command))
-        record["runs"] = {known: record["runs"][known] for known in experiment.runs if known in record["runs"]}
-        write(record, file)
-        if (run / SAMPLE_FILES["images"]).exists():
-            shutil.copy(run / SAMPLE_FILES["images"], folder / f"{options.name}-{name}.png")
-    if record["runs"]:
-        print(side_by_side(record))
-        print(f"results: {file}")
-    return int(not set(chosen) <= set(record["runs"]))
+            print(f"{self._name}, {run} ended with code {code}: not in the results", file=sys.stderr, flush=True)
+            return
+        with self._lock:
+            runs = {**self._record["runs"], run: result(run, folder, shlex.join(command))}
+            self._record["runs"] = {known: runs[known] for known in self._experiment.runs if known in runs}
+            write(self._record, self._file)
+            if (folder / SAMPLE_FILES["images"]).exists():
+                shutil.copy(folder / SAMPLE_FILES["images"], self._folder / f"{self._name}-{run}.png")
+
+    def show(self) -> None:
+        """Prints a table."""
+        if self._record["runs"]:
+            print(f"\n{side_by_side(self._record)}\n\nresults: {self._file}")
 
 
-def arguments(experiment: Experiment, name: str, options: Options) -> list[str]:
-    """The arguments of `python -m train` for a run."""
+def arguments(experiment: Experiment, name: str, out: Path, options: Options) -> list[str]:
+    """The arguments of `python -m train` for a run, whose folder is `out`."""
     parts = [*experiment.shared.split(), *experiment.runs[name].split()]
     if options.steps is not None:
         parts += ["--steps", str(options.steps), "--warmup", str(options.steps // 10)]
         parts += ["--eval-every", str(options.steps), "--log-every", str(max(1, options.steps // 4))]
         parts += ["--eval-tokens", "1"]
-    out = options.runs / options.name / name
     return [*parts, "--data", str(options.data / experiment.data), "--out", str(out)]
 
 
-def train(command: Sequence[str], seconds: float) -> int:
+def train(command: Sequence[str], seconds: float, environment: Mapping[str, str], log: Path | None) -> int:
     """Calls `python -m train`, and stops it with a checkpoint after so many seconds.
 
     Args:
         command: Its arguments.
         seconds: May be infinite.
+        environment: That it runs in.
+        log: A file to which what it prints is added.
 
     Returns:
         Its exit code, above 128 where it was stopped and saved a checkpoint.
     """
-    child = subprocess.Popen([*COMMAND, *command])
-    try:
-        return child.wait(None if math.isinf(seconds) else seconds)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGTERM)
-        return child.wait()
-    except KeyboardInterrupt:  # which the child got too
-        return child.wait()
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("a", encoding="utf-8"))
+        child = subprocess.Popen([*COMMAND, *command], stdout=output, stderr=output, env=environment)
+        try:
+            return child.wait(None if math.isinf(seconds) else seconds)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGTERM)
+            return child.wait()
 
 
 def result(name: str, run: Path, command: str) -> dict[str, Any]:
@@ -286,18 +369,21 @@ def _rounded(x: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 2 for a mistake in the arguments."""
+    """Runs a command; 2 for a mistake in the arguments, 130 if interrupted."""
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks.experiments", description=__doc__)
-    if options.name == "list":
+    if options.names == ("list",):
         for name, experiment in EXPERIMENTS.items():
             print(f"{name}: {experiment.data}, {experiment.shared}")
             print("".join(f"  {run}: {more}\n" for run, more in experiment.runs.items()), end="")
         return 0
     try:
-        return run_experiment(options)
+        return run_experiments(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import subprocess
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share a GPU
 # The suite compiles thousands of small functions and runs each once: no time for optimisation or autotuning.
@@ -12,6 +13,10 @@ if shutil.which("nvidia-smi"):
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true")
     # The projections of Flax's layers are compared to float32 accuracy; the library's own dots never ask for this.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    # Each process begins with another GPU, and sees the others for the tests of several devices.
+    gpus = [str(i) for i in range(subprocess.check_output(["nvidia-smi", "-L"]).count(b"\n"))]
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(gpus)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus[first:] + gpus[:first]))
 else:
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib") < "0.11":  # unknown to later ones; each compiles in a third of the time

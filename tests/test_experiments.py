@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import time
 
 import pytest
 
@@ -24,7 +27,8 @@ TINY = Experiment(
 def test_every_run_is_a_command_that_train_takes(name, tmp_path):
     experiment = EXPERIMENTS[name]
     found = {
-        run: parse(experiments.arguments(experiment, run, Options(name, data=tmp_path))) for run in experiment.runs
+        run: parse(experiments.arguments(experiment, run, tmp_path / run, Options((name,), data=tmp_path)))
+        for run in experiment.runs
     }
     # They differ in more than their folders.
     elsewhere = {run: dataclasses.replace(config.run, out=None) for run, config in found.items()}
@@ -37,7 +41,9 @@ def test_every_run_is_a_command_that_train_takes(name, tmp_path):
 def test_runs_are_made_once_and_in_parts_and_stand_side_by_side(tmp_path, monkeypatch, capsys):
     commands = []
 
-    def train(command, seconds):
+    def train(command, seconds, environment, log):
+        assert log is None
+        assert environment.keys() - os.environ.keys() == set()
         commands.append(command)
         stopped = [] if len(commands) != 2 else ["--stop-at", "2"]  # the second, as if its time were up
         return train_main([*command, *stopped]) or (143 if stopped else 0)
@@ -50,7 +56,7 @@ def test_runs_are_made_once_and_in_parts_and_stand_side_by_side(tmp_path, monkey
     assert experiments.main(["tiny", *folders]) == 1
     known = json.loads((tmp_path / "out" / "tiny.json").read_text())["runs"]
     assert list(known) == ["one"]
-    assert "two ended with code 143" in capsys.readouterr().err
+    assert "tiny, two ended with code 143" in capsys.readouterr().err
     assert experiments.main(["tiny", *folders, "--time-limit", "1e-9"]) == 1
     assert len(commands) == 2
     assert experiments.main(["tiny", *folders]) == 0
@@ -68,13 +74,44 @@ def test_runs_are_made_once_and_in_parts_and_stand_side_by_side(tmp_path, monkey
     assert pictures == {"tiny-loss.png", "tiny-speed.png"}
 
 
+def test_runs_at_once_have_a_gpu_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "COMMAND", ["sh", "-c", 'echo "on $CUDA_VISIBLE_DEVICES"; sleep 0.3; exit 1'])
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    folders = ["--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert experiments.main(["tiny", "--at-once", "2", *folders]) == 2
+    assert "which has 1" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    start = time.monotonic()
+    assert experiments.main(["tiny:two", "tiny:one", "--at-once", "2", *folders]) == 1
+    assert time.monotonic() - start < 0.6  # side by side
+    said = {(tmp_path / "tiny" / f"{run}.log").read_text() for run in ("one", "two")}
+    assert said == {"on 5\n", "on 7\n"}
+
+
+def test_ctrl_c_begins_nothing_more(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def train(command, *rest):
+        begun.append(command)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return 130
+
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    assert experiments.main(["tiny", "--runs", str(tmp_path), "--out", str(tmp_path)]) == 130
+    assert len(begun) == 1
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_a_run_that_takes_too_long_is_stopped_by_a_signal(monkeypatch):
     monkeypatch.setattr(experiments, "COMMAND", ["sleep"])
-    assert experiments.train(["60"], 0.1) == -15
-    assert experiments.train(["0"], float("inf")) == 0
+    assert experiments.train(["60"], 0.1, os.environ, None) == -15
+    assert experiments.train(["0"], float("inf"), os.environ, None) == 0
 
 
 def test_mistakes_are_one_line(capsys):
-    for mistake in (["none"], ["mnist", "--only", "dense,none"]):
-        assert experiments.main(mistake) == 2
+    for mistake in ("none", "mnist:dense,none"):
+        assert experiments.main([mistake]) == 2
         assert capsys.readouterr().err.count("\n") == 1

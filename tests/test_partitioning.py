@@ -9,7 +9,7 @@ from test_sharding import assert_close, attention_of, case_of, dense, gradients,
 
 from scfa_jax.partitioning import _spec_of_parts
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, such as those that a CPU can simulate")
+pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 
 
 @pytest.mark.parametrize(("pattern", "key_heads"), [("hash", 4), ("causal", 1)])

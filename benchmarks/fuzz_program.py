@@ -83,7 +83,7 @@ def _attend(
     if signature.operator == "promised_hash":
         hashed["num_buckets"] = PROMISE
     qkv = query, key, value
-    hashes: Any = pattern.get("query_hash"), pattern.get("key_hash")
+    hashes = pattern.get("query_hash"), pattern.get("key_hash")
     match signature.operator:
         case "causal":
             return operators.causal_attention(*qkv, **common)
@@ -107,7 +107,8 @@ def _attend(
             position = hashed.pop("query_offset")
             order = bucket_cache.order_of(pattern["key_hash"], position)
             hashed.setdefault("implementation", None)
-            output, _ = bucket_cache.attend_from_one(*qkv, *hashes, order, position, **hashed)
+            cached = pattern["query_hash"], pattern["key_hash"], order, position
+            output, _ = bucket_cache.attend_from_one(*qkv, *cached, **hashed)
             return (output,)
         case _:
             return operators.hash_sparse_attention(*qkv, *hashes, **hashed, **options)

@@ -32,7 +32,7 @@ from benchmarks.run import RESULTS
 from train.folder import load_config, load_facts
 from train.metrics import read_metrics
 from train.plot import plot_bucket_sizes, plot_losses, plot_speed_and_buckets
-from train.report import summary, table
+from train.report import compare, summary, table
 from train.sample import SAMPLE_FILES
 
 
@@ -353,11 +353,10 @@ def write(record: dict[str, Any], file: Path) -> None:
 
 def side_by_side(record: dict[str, Any]) -> str:
     """The results as a table in Markdown."""
-    runs = list(record["runs"].values())
-    rows = [dict(run["summary"]) for run in runs]
-    for row in rows:
-        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-    return table(rows, runs[0]["unit"], None)
+    runs = record["runs"]
+    rows, unit = [dict(run["summary"]) for run in runs.values()], next(iter(runs.values()))["unit"]
+    compare(rows, {name: run["history"] for name, run in runs.items()}, unit)
+    return table(rows, unit, None)
 
 
 def _rounded(x: Any) -> Any:

@@ -53,6 +53,8 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
     assert (dense["density"], sparse["density"]) == (1, pytest.approx((0.3 + 0.26) / 2))
     assert dense["model_flop_utilisation"] == pytest.approx(0.1 / 0.5)
     assert (dense["peak_memory_bytes"], sparse["peak_memory_bytes"]) == (2**30 + 40, None)
+    # After the 10 s that b took, a was half-way through; two runs alone can be compared.
+    assert (dense["held_out_bits_in_equal_time"], sparse["held_out_bits_in_equal_time"]) == (2, 1)
     # 4 bits after 2.5 s and 2 after 5 s: 3.5 a quarter of the way.
     assert sparse["seconds_to_target"] == pytest.approx(2.5 + 0.25 * 2.5)
     text = (out / "report.md").read_text()
@@ -67,6 +69,7 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
         "compiling",
         "held-out bits per byte",
         "best",
+        "after 10 s on steps",
         "seconds to 3.5 bits",
         "pairs / dense",
         "tokens/s",
@@ -74,15 +77,13 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
         "peak memory, GiB",
         "model FLOP utilisation",
     ]
-    assert (
-        rows[0]
-        == "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 6.2 | 1.000 | 400 | 1.00x | 1.00 | 20.0% |"
-    )
-    assert (
-        rows[1]
-        == "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 3.1 | 0.280 | 800 | 2.00x |  | 40.0% |"
-    )
-    assert rule.count("---") == 15
+    assert rows == [
+        "| a | dense | 40 | 8,000 | 20.0 | 45.0 | 5.0 | 1.0000 | 1.0000 | 2.0000 "
+        "| 6.2 | 1.000 | 400 | 1.00x | 1.00 | 20.0% |",
+        "| b | hash | 40 | 8,000 | 10.0 | 25.0 | 5.0 | 1.0000 | 1.0000 | 1.0000 "
+        "| 3.1 | 0.280 | 800 | 2.00x |  | 40.0% |",
+    ]
+    assert rule.count("---") == 16
     assert text in capsys.readouterr().out
     pictures = {path.name for path in out.iterdir() if path.suffix == ".png"}
     assert pictures == {"loss.png", "speed-and-buckets.png", "buckets-b.png"}
@@ -94,6 +95,8 @@ def test_one_run_of_images_and_a_target_that_was_not_reached(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "held-out bits per pixel" in said
     assert "seconds to" not in said
+    assert "on steps |" in said
+    assert "after" not in said
     assert "wrote report.md, report.json, loss.png, speed-and-buckets.png to report" in said
     # Names that would be the same are told apart.
     made_up(tmp_path / "y" / "run", seconds_a_step=1.0, unit="pixel")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from train.config import Config
@@ -56,8 +57,7 @@ def report(options: ReportOptions) -> int:
     for name, folder in folders.items():
         device = facts[name].get("device", {}).get("kind", "")
         rows.append(summary(name, load_config(folder), device, histories[name], unit, options.target))
-    for row in rows:
-        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    compare(rows, histories, unit)
     text = table(rows, unit, options.target)
     out = expanded("out", options.out)
     try:
@@ -131,11 +131,27 @@ def summary(
     }
 
 
+def compare(rows: Sequence[dict[str, Any]], histories: Mapping[str, History], unit: str) -> None:
+    """Adds what a run is beside the others: `speed_up` over the first, and its bits when the first to end had ended.
+
+    Args:
+        rows: From `summary`.
+        histories: Their metrics, by the name of the run.
+        unit: "byte" or "pixel".
+    """
+    shortest = min(row["train_seconds"] for row in rows)
+    for row in rows:
+        seconds, bits = column(histories[row["run"]], f"held_out_bits_per_{unit}", "train_seconds")
+        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        row["equal_seconds"] = shortest
+        row["held_out_bits_in_equal_time"] = float(np.interp(shortest, seconds, bits)) if len(rows) > 1 else None
+
+
 def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> str:
     """The rows as Markdown; columns that no run fills are left out.
 
     Args:
-        rows: From `summary`, with `speed_up`.
+        rows: From `summary`, after `compare`.
         unit: "byte" or "pixel".
         target: As there.
     """
@@ -149,6 +165,7 @@ def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> st
         "compile_seconds": ("compiling", "{:,.1f}".format),
         "held_out_bits": (f"held-out bits per {unit}", "{:.4f}".format),
         "best_held_out_bits": ("best", "{:.4f}".format),
+        "held_out_bits_in_equal_time": (f"after {rows[0]['equal_seconds']:,.0f} s on steps", "{:.4f}".format),
         "held_out_perplexity": ("held-out perplexity", "{:.2f}".format),
         "seconds_to_target": (f"seconds to {target} bits", "{:,.1f}".format),
         "density": ("pairs / dense", "{:.3f}".format),

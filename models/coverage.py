@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,7 +52,8 @@ def count_pairs(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     slot = jnp.arange(buckets.shape[1], dtype=jnp.int32)[:, None]  # in the order of (bucket, position)
-    ordered, segments = [jnp.sort(buckets, axis=1)], {}
+    ordered = [jnp.sort(buckets, axis=1)]
+    segments: Any = {}
     if segment_ids is not None:
         segments = {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
         order = jnp.argsort(buckets, axis=1, stable=True)

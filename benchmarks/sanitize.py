@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import fuzz, fuzz_program, results
-from scfa_jax.kernels import _compat
+from scfa_jax.kernels import _compat, tile
 from scfa_jax.tiling import Tile
 
 TOOL = "compute-sanitizer"
@@ -203,7 +203,7 @@ def _plain(x: jax.Array, y: jax.Array, interpret: bool, finish: Callable[[jax.Ar
     from jax.experimental.pallas import triton as plgpu
 
     length, block = x.shape[0], 32
-    dot = _compat.dot_for(x.dtype, interpret=interpret)
+    dot = tile.dot_for(x.dtype, "float32", in_triton=not interpret)
 
     def kernel(x_ref, y_ref, out_ref):
         whole = jnp.arange(length, dtype=jnp.int32)

@@ -163,6 +163,12 @@ def scale(value: float | None, head_dim: int) -> float:
     return float(value)
 
 
+def precision(value: Any) -> None:
+    """Checks how float32 is multiplied."""
+    if not isinstance(value, str) or value not in ("float32", "tf32"):
+        raise ValueError(f'precision must be "float32" or "tf32", got {value!r}.')
+
+
 def output_dtype(dtype, default: jnp.dtype) -> jnp.dtype:
     """Returns the dtype of the output."""
     dtype = default if dtype is None else jnp.dtype(dtype)

@@ -11,21 +11,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 from scfa_jax import _checks, partitioning, remat
 from scfa_jax import block_sizes as defaults
-from scfa_jax.kernels import _compat, xla
-from scfa_jax.sorting import Implementation
+from scfa_jax.kernels import _compat, tile, xla
+from scfa_jax.sorting import Implementation, Precision
 from scfa_jax.tiling import BlockSizes
 
 IMPLEMENTATIONS = ("triton", "triton_interpret", "xla")
 
 
-def attend(query, key, value, index, scale, implementation, block_sizes, output_dtype, return_residual):
+def attend(query, key, value, index, scale, implementation, precision, block_sizes, output_dtype, return_residual):
     """Does what `scfa_jax.sparse_attention` does, whose arguments it takes."""
     has_batch = getattr(query, "ndim", 4) == 4
     query, key, value = _checks.attention_arrays(query, key, value)
     _checks.index_fits(index, query.shape, key.shape)
+    _checks.precision(precision)
     options = _Options(
         scale=_checks.scale(scale, query.shape[3]),
         implementation=choose(implementation, query.shape[3]),
+        precision=precision,
         blocks=_fit_blocks(block_sizes, query, key),
         output_dtype=_checks.output_dtype(output_dtype, query.dtype),
     )
@@ -46,6 +48,7 @@ class _Options:
 
     scale: float
     implementation: str | None
+    precision: Precision
     blocks: BlockSizes | None
     output_dtype: jnp.dtype
 
@@ -156,9 +159,17 @@ def by_platform(options, run, *arrays):
 
 def _forward(implementation: str, options: _Options, query, key, value, index):
     blocks = _blocks_for(implementation, options, query, key, index)
+    dot = tile.dot_for(query.dtype, options.precision, in_triton=implementation == "triton")
     if implementation == "xla":
         return xla.forward(
-            query, key, value, index, scale=options.scale, block=blocks.forward, output_dtype=options.output_dtype
+            query,
+            key,
+            value,
+            index,
+            scale=options.scale,
+            block=blocks.forward,
+            output_dtype=options.output_dtype,
+            dot=dot,
         )
     from scfa_jax.kernels import triton_forward  # here, so that a JAX without the backend can import the rest
 
@@ -170,19 +181,21 @@ def _forward(implementation: str, options: _Options, query, key, value, index):
         scale=options.scale,
         block=blocks.forward,
         output_dtype=options.output_dtype,
+        dot=dot,
         interpret=implementation == "triton_interpret",
     )
 
 
 def _backward(implementation: str, options: _Options, query, key, value, index, *rest):
     blocks = _blocks_for(implementation, options, query, key, index)
+    dot = tile.dot_for(query.dtype, options.precision, in_triton=implementation == "triton")
     arrays = (query, key, value, index, *rest)
     if implementation == "xla":
-        return xla.backward(*arrays, scale=options.scale, block=blocks.dq)
+        return xla.backward(*arrays, scale=options.scale, block=blocks.dq, dot=dot)
     from scfa_jax.kernels import triton_backward
 
     return triton_backward.backward(
-        *arrays, scale=options.scale, blocks=blocks, interpret=implementation == "triton_interpret"
+        *arrays, scale=options.scale, blocks=blocks, dot=dot, interpret=implementation == "triton_interpret"
     )
 
 

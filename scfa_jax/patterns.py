@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from scfa_jax import _checks, dispatch
 from scfa_jax.index import NEVER, SparseIndex, causal_index, hash_index, keep_index, range_index
 from scfa_jax.merge import merge_attention
-from scfa_jax.sorting import Implementation, iota
+from scfa_jax.sorting import Implementation, Precision, iota
 from scfa_jax.tiling import BlockSizes, num_tiles
 
 
@@ -29,6 +29,7 @@ def union_attention(
     *,
     scale: float | None = None,
     implementation: Implementation = None,
+    precision: Precision = "float32",
     block_sizes: BlockSizes | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
     return_residual: bool = False,
@@ -46,6 +47,7 @@ def union_attention(
             count twice.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
+        precision: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
         output_dtype: As `sparse_attention` takes it.
         return_residual: As `sparse_attention` takes it.
@@ -69,7 +71,7 @@ def union_attention(
         raise ValueError("indices must be at least one, got none.")
     dtype = _checks.output_dtype(output_dtype, query.dtype)
     attend = lambda index, dtype: dispatch.attend(
-        query, key, value, index, scale, implementation, block_sizes, dtype, True
+        query, key, value, index, scale, implementation, precision, block_sizes, dtype, True
     )
     if len(indices) == 1:
         output, logsumexp = attend(indices[0], dtype)
@@ -91,6 +93,7 @@ def window_attention(
     key_segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
+    precision: Precision = "float32",
     block_sizes: BlockSizes | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
     return_residual: bool = False,
@@ -113,6 +116,7 @@ def window_attention(
         key_segment_ids: int32 `[B, S]` or `[S]`, likewise. None means those of the queries, and `S = T`.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
+        precision: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
         output_dtype: As `sparse_attention` takes it.
         return_residual: As `sparse_attention` takes it.
@@ -150,6 +154,7 @@ def window_attention(
         indices,
         scale=scale,
         implementation=implementation,
+        precision=precision,
         block_sizes=block_sizes,
         output_dtype=output_dtype,
         return_residual=return_residual,

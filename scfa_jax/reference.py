@@ -3,7 +3,7 @@
 Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`.
 They can be differentiated in both modes and any number of times, so this is also where to go for forward mode
 or second derivatives. The operators take the arguments of those in `scfa_jax`, with the same shapes and dtypes, but for
-`implementation` and `block_sizes`, and return the same.
+`implementation`, `precision` and `block_sizes`, and return the same.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from scfa_jax import partitioning, remat, search
 from scfa_jax.kernels import _compat
 
 Implementation = str | Sequence[str] | None
+Precision = Literal["float32", "tf32"]
 
 
 def sorted_ids(*sides: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:

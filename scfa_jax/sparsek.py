@@ -17,7 +17,7 @@ from scfa_jax import _checks, dispatch, partitioning, remat, segments
 from scfa_jax.gather import gather_rows
 from scfa_jax.index import SparseIndex, index_in_line
 from scfa_jax.merge import merge_attention
-from scfa_jax.sorting import Implementation, iota, iota_like
+from scfa_jax.sorting import Implementation, Precision, iota, iota_like
 from scfa_jax.tiling import BlockSizes
 
 
@@ -71,6 +71,7 @@ def sparsek_attention(
     segment_ids: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
+    precision: Precision = "float32",
     block_sizes: BlockSizes | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
     return_residual: bool = False,
@@ -109,6 +110,7 @@ def sparsek_attention(
             take no part. Any ids in any order; None for one segment.
         scale: As `sparse_attention` takes it.
         implementation: As `sparse_attention` takes it.
+        precision: As `sparse_attention` takes it.
         block_sizes: As `sparse_attention` takes it.
         output_dtype: As `sparse_attention` takes it.
         return_residual: As `sparse_attention` takes it.
@@ -141,6 +143,7 @@ def sparsek_attention(
         dispatch.attend,
         scale=scale,
         implementation=implementation,
+        precision=precision,
         block_sizes=block_sizes,
         output_dtype=jnp.float32,
         return_residual=True,

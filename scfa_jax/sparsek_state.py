@@ -119,6 +119,7 @@ def attend_next(
         query,
         scale=scale,
         implementation=implementation,
+        precision="float32",
         block_sizes=None,
         output_dtype=jnp.float32,
         return_residual=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import jax
@@ -73,15 +72,3 @@ def triton_call(kernel, *, tile, interpret: bool, out_shape, **options):
         )
 
     return call
-
-
-def dot_for(dtype, *, interpret: bool):
-    """Matrix product with a float32 result, as exact as float32 for float32 operands.
-
-    On the GPU float32 is taken apart into three TF32 products; the interpreter takes the platform's own float32.
-    """
-    precision: jax.lax.PrecisionLike = None
-    if jax.numpy.dtype(dtype) == jax.numpy.float32:
-        exact = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        precision = jax.lax.Precision.HIGHEST if interpret else exact
-    return functools.partial(jax.lax.dot, precision=precision, preferred_element_type=jax.numpy.float32)

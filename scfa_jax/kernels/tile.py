@@ -6,6 +6,7 @@ float32 except the operands of the dots, which have the dtype of the inputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from scfa_jax.partitioning import varying_as
+from scfa_jax.sorting import Precision
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -55,6 +57,21 @@ def walk(bounds, visit: Callable, carry):
     carry = jax.lax.fori_loop(start, full_start, lambda i, c: visit(i, c, "start"), carry)
     carry = jax.lax.fori_loop(full_start, full_stop, lambda i, c: visit(i, c, None), carry)
     return jax.lax.fori_loop(full_stop, stop, lambda i, c: visit(i, c, "stop"), carry)
+
+
+def dot_for(dtype: jax.typing.DTypeLike, precision: Precision, *, in_triton: bool) -> Dot:
+    """Matrix product with a float32 result; the precision is that of float32 operands.
+
+    In Triton float32 takes three TF32 products, and TF32 one. XLA takes the platform's own float32, and TF32 where it
+    has that: a CPU computes both alike.
+    """
+    chosen: jax.lax.PrecisionLike = None
+    if jnp.dtype(dtype) == jnp.float32:
+        presets, precisions = jax.lax.DotAlgorithmPreset, jax.lax.Precision
+        in_float32 = presets.TF32_TF32_F32_X3 if in_triton else precisions.HIGHEST
+        in_tf32 = presets.TF32_TF32_F32 if in_triton else precisions.HIGH
+        chosen = in_tf32 if precision == "tf32" else in_float32
+    return functools.partial(jax.lax.dot, precision=chosen, preferred_element_type=jnp.float32)
 
 
 def split_scale(scale: float) -> tuple[float, float]:

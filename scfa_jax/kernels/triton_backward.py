@@ -32,6 +32,7 @@ def backward(
     *,
     scale: float,
     blocks: BlockSizes,
+    dot: tile.Dot,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of the forward pass.
@@ -47,6 +48,7 @@ def backward(
         logsumexp_gradient: float32 `[B, N, T]`, the cotangent of the log-sum-exp.
         scale: Factor of the scores.
         blocks: Tile sizes.
+        dot: Matrix product with a float32 result.
         interpret: Whether to run in Pallas's interpreter.
 
     Returns:
@@ -59,7 +61,7 @@ def backward(
 
     def call(kernel, block, grid, vectors, arrays, vectors_out, arrays_out, name):
         return _compat.triton_call(
-            functools.partial(kernel, block=block, scale=scale, head_dim=head_dim, interpret=interpret),
+            functools.partial(kernel, block=block, scale=scale, head_dim=head_dim, dot=dot),
             tile=block,
             interpret=interpret,
             grid=(*grid, batch),
@@ -130,7 +132,7 @@ def _dq_kernel(
     scale: float,
     block: Tile,
     head_dim: int,
-    interpret: bool,
+    dot: tile.Dot,
 ):
     query_tile = pl.num_programs(0) - 1 - pl.program_id(0)
     head = pl.program_id(1)
@@ -138,7 +140,6 @@ def _dq_kernel(
     entry = functools.partial(shared_entry, head, num_heads)
     key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
     on_query_order, on_key_order = (order_entry(r, head, num_heads) for r in (query_order_ref, key_order_ref))
-    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
     queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query_order)
     low = queries.load_vector(low_ref, on_query, other=NEVER)
@@ -205,14 +206,13 @@ def _dkv_kernel(
     scale: float,
     block: Tile,
     head_dim: int,
-    interpret: bool,
+    dot: tile.Dot,
 ):
     # The first tiles of keys are seen by the most queries where ranges are causal: they start first.
     key_tile, key_head = pl.program_id(0), pl.program_id(1)
     (query_length, num_heads, width), (key_length, key_heads, _) = query_ref.shape, key_ref.shape
     group = num_heads // key_heads
     on_key = shared_entry(key_head * group, num_heads, code_ref.shape[0])
-    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
     on_key_order = order_entry(key_order_ref, key_head * group, num_heads)
     keys = Rows(key_tile, block.block_k, key_length, key_order_ref, on_key_order)

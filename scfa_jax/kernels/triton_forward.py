@@ -24,6 +24,7 @@ def forward(
     scale: float,
     block: Tile,
     output_dtype: jnp.dtype,
+    dot: tile.Dot,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the keys of `index`.
@@ -36,6 +37,7 @@ def forward(
         scale: Factor of the scores.
         block: Tile sizes.
         output_dtype: dtype of the output.
+        dot: Matrix product with a float32 result.
         interpret: Whether to run in Pallas's interpreter.
 
     Returns:
@@ -45,7 +47,7 @@ def forward(
     bounds = triton_bounds.key_tile_bounds(index, block.block_q, block.block_k, interpret=interpret)
     code = triton_search.marked_codes(index, key.shape[2], interpret=interpret)
     operands = (bounds, index.low, index.high, code, index.query_order, index.key_order)
-    kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, interpret=interpret)
+    kernel = functools.partial(_kernel, scale=scale, block=block, head_dim=head_dim, dot=dot)
     rows = padded_head_spec(query.shape, 2)
     logsumexp = jax.ShapeDtypeStruct((batch, num_heads, query_length), jnp.float32)
     return _compat.triton_call(
@@ -82,7 +84,7 @@ def _kernel(
     scale: float,
     block: Tile,
     head_dim: int,
-    interpret: bool,
+    dot: tile.Dot,
 ):
     # The last tiles see the most keys where ranges are causal: start with them.
     query_tile = pl.num_programs(0) - 1 - pl.program_id(0)
@@ -91,7 +93,6 @@ def _kernel(
     entry = functools.partial(shared_entry, head, num_heads)
     key_head, on_query, on_key = (entry(r.shape[-n]) for r, n in ((key_ref, 2), (low_ref, 2), (code_ref, 2)))
     on_query_order, on_key_order = (order_entry(r, head, num_heads) for r in (query_order_ref, key_order_ref))
-    dot = _compat.dot_for(query_ref.dtype, interpret=interpret)
 
     queries = Rows(query_tile, block.block_q, query_length, query_order_ref, on_query_order)
     low = queries.load_vector(low_ref, on_query, other=NEVER)

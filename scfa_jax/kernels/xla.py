@@ -27,6 +27,7 @@ def forward(
     scale: float,
     block: Tile,
     output_dtype: jnp.dtype,
+    dot: tile.Dot,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the keys of `index`.
 
@@ -38,6 +39,7 @@ def forward(
         scale: Factor of the scores.
         block: Tile sizes.
         output_dtype: dtype of the output.
+        dot: Matrix product with a float32 result.
 
     Returns:
         The output `[B, T, N, H]` and the natural log-sum-exp, float32 `[B, N, T]`.
@@ -82,6 +84,7 @@ def backward(
     *,
     scale: float,
     block: Tile,
+    dot: tile.Dot,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of the forward pass; arguments and results as `triton_backward.backward` has them."""
     batch, _, num_heads, _ = query.shape
@@ -251,11 +254,6 @@ def over_heads(batch: int, heads: int, one_head):
         index, cpu=lambda index: jax.lax.map(pair, index), default=lambda index: jax.vmap(pair)(index)
     )
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), result)
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def silenced(rows: jax.Array, keep: jax.Array | None) -> jax.Array:

@@ -24,7 +24,7 @@ def forward(
     """Does what `triton_decode.forward` does, whose arguments it takes; reads up to 255 rows behind each run."""
     batch, _, num_heads, head_dim = query.shape
     group, block = num_heads // key.shape[2], min(_BLOCK, key.shape[1])
-    scale2 = scale * tile.LOG2_E
+    scale2, dot = scale * tile.LOG2_E, tile.dot_for(query.dtype, "float32", in_triton=False)
 
     def one_head(b: jax.Array, n: jax.Array) -> jax.Array:
         first, last = start[b, n], stop[b, n]
@@ -35,7 +35,7 @@ def forward(
             rows = order.at[b, n // group, place].get(mode="clip")
             keys, values = (x.at[b, rows, n // group].get(mode="clip") for x in (key, value))
             values = xla.silenced(values, in_run)
-            return tile.add_keys(softmax, query[b, :, n], keys, values, in_run[None], scale2, xla.dot)
+            return tile.add_keys(softmax, query[b, :, n], keys, values, in_run[None], scale2, dot)
 
         softmax = varying_as(first, tile.empty_softmax(1, head_dim))
         softmax = jax.lax.fori_loop(0, (last - first + block - 1) // block, visit, softmax)

@@ -1,0 +1,110 @@
+"""How float32 is multiplied: to float32 accuracy, or in TF32 on a GPU if asked; `precision` reaches every dot."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SMALL_BLOCKS, Shape, make_case
+from conftest import HAS_GPU
+from jax.extend.core import jaxprs_in_params
+from test_lowering import H100, gradients, lowered_for_cuda
+
+import scfa_jax
+from scfa_jax import dispatch, patterns
+
+HIGH, HIGHEST = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
+ONCE, THRICE = jax.lax.DotAlgorithmPreset.TF32_TF32_F32, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+X = jnp.zeros((1, 32, 2, 16))
+IDS = jnp.zeros((1, 32, 2), jnp.int32)
+
+# Each with what it takes besides query, key and value.
+OPERATORS = {
+    "causal": scfa_jax.causal_attention,
+    "hash": partial(scfa_jax.hash_sparse_attention, query_hash=IDS),
+    "rounds of hashes": partial(scfa_jax.hash_sparse_attention, query_hash=jnp.stack([IDS, IDS])),
+    "keep": partial(scfa_jax.qk_sparse_attention, query_keep=IDS == 0, key_keep=IDS == 0),
+    "range": partial(scfa_jax.range_attention, key_start=IDS, key_stop=IDS + 9),
+    "index": partial(scfa_jax.sparse_attention, index=scfa_jax.causal_index(32, 32)),
+    "union": partial(scfa_jax.union_attention, indices=patterns.strided(32, 32, 4)),
+    "window": partial(scfa_jax.window_attention, window=4, num_sinks=2),
+    "sparsek": partial(scfa_jax.sparsek_attention, scores=X[..., 0], num_keys=4, window=4, chunk_size=16),
+}
+
+
+def dots(jaxpr, kernel=None):
+    """(kernel, dtype of the first operand, precision) of every dot."""
+    for equation in jaxpr.eqns:
+        inside = str(equation.params["name"]) if equation.primitive.name == "pallas_call" else kernel
+        if equation.primitive.name == "dot_general":
+            yield kernel, str(equation.invars[0].aval.dtype), equation.params["precision"]
+        for inner in jaxprs_in_params(equation.params):
+            yield from dots(inner, inside)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "of_default", "of_tf32"),
+    [
+        ("triton", "float32", THRICE, ONCE),
+        ("triton", "bfloat16", None, None),
+        ("triton_interpret", "float32", (HIGHEST, HIGHEST), (HIGH, HIGH)),
+        ("xla", "float32", (HIGHEST, HIGHEST), (HIGH, HIGH)),
+    ],
+)
+def test_all_dots_forward_and_backward_obey(implementation, dtype, of_default, of_tf32):
+    case = make_case("causal", np.random.default_rng(0), Shape(1, 32, 32, 1, 1, 16), dtype)
+    kernels = (None,) if implementation == "xla" else ("scfa_forward", "scfa_dq", "scfa_dkv")
+    for options, expected in (({}, of_default), ({"precision": "tf32"}, of_tf32)):
+        function, arguments = gradients(case, implementation, block_sizes=SMALL_BLOCKS, **options)
+        with jax.sharding.use_abstract_mesh(H100):
+            found = dots(jax.make_jaxpr(function)(*arguments).jaxpr)
+        assert set(found) == {(kernel, dtype, expected) for kernel in kernels}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_gpu_gets_differs_in_float32_alone(dtype):
+    case = make_case("causal", np.random.default_rng(0), Shape(1, 32, 32, 1, 1, 16), dtype)
+    made = (gradients(case, "triton", block_sizes=SMALL_BLOCKS, precision=name) for name in ("float32", "tf32"))
+    in_float32, in_tf32 = (lowered_for_cuda(function, *arguments) for function, arguments in made)
+    assert (in_float32 == in_tf32) == (dtype == "bfloat16")
+
+
+def test_every_operator_is_here():
+    takers = {f for name, f in inspect.getmembers(scfa_jax, callable) if name.endswith("_attention")}
+    takers = {f for f in takers if "block_sizes" in inspect.signature(f).parameters}
+    assert takers == {getattr(f, "func", f) for f in OPERATORS.values()}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_hands_it_on(operator):
+    attend = partial(OPERATORS[operator], implementation="xla", precision="tf32")
+    found = {precision for *_, precision in dots(jax.make_jaxpr(attend)(X, key=X, value=X).jaxpr)}
+    assert found == {(HIGH, HIGH)}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has TF32")
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
+def test_a_cpu_computes_both_alike(implementation):
+    case = make_case("causal", np.random.default_rng(1), Shape(1, 32, 32, 1, 1, 16), jnp.float32)
+    attend = partial(case.attend, implementation=implementation, block_sizes=SMALL_BLOCKS)
+    results = [
+        jax.jit(partial(attend, precision=precision))(case.query, case.key, case.value)
+        for precision in ("float32", "tf32")
+    ]
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_each_is_traced_once(monkeypatch):
+    traced = []
+    forward = dispatch._forward
+    count = lambda implementation, options, *arrays: (
+        traced.append(options),
+        forward(implementation, options, *arrays),
+    )[1]
+    monkeypatch.setattr(dispatch, "_forward", count)
+    for precision in ("float32", "tf32", "float32", "tf32"):
+        scfa_jax.causal_attention(X, X, X, precision=precision, implementation="xla")
+    assert [options.precision for options in traced] == ["float32", "tf32"]

@@ -106,5 +106,5 @@ def test_each_is_traced_once(monkeypatch):
     )[1]
     monkeypatch.setattr(dispatch, "_forward", count)
     for precision in ("float32", "tf32", "float32", "tf32"):
-        scfa_jax.causal_attention(X, X, X, precision=precision, implementation="xla")
+        jax.eval_shape(partial(scfa_jax.causal_attention, precision=precision, implementation="xla"), X, X, X)
     assert [options.precision for options in traced] == ["float32", "tf32"]

@@ -173,6 +173,25 @@ def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped):
                 assert not np.isnan(x).any()
 
 
+def test_keys_that_one_head_of_a_shared_mask_alone_attends_to_do_not_leak_into_others(implementation):
+    """Two key heads share one mask of the index, and only the first of them has queries behind row 8."""
+    query, key, value, cotangent = np.random.default_rng(8).normal(size=(4, 1, 32, 4, 16)).astype(np.float32)
+    query_keep = np.arange(32)[:, None] < np.array([32, 8, 32, 32])
+    unseen = np.arange(32)[:, None] >= np.array([32, 8, 32, 32])
+    index = scfa_jax.keep_index(jnp.asarray(query_keep), jnp.ones((32, 2), bool))
+
+    @jax.jit
+    def results(*arrays):
+        attend = partial(scfa_jax.sparse_attention, index=index, **options(implementation))
+        output, pull = jax.vjp(attend, *arrays)
+        return output, *pull(cotangent)
+
+    clean = results(query, key, value)
+    planted = results(query, *(np.where(unseen[..., None], np.float32(np.nan), x) for x in (key, value)))
+    for x, y in zip(planted, clean, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_nan_in_a_row_that_takes_part_is_not_hidden(implementation):
     case = make_case("causal", np.random.default_rng(9), Shape(1, 40, 40, 1, 1, 16), jnp.float32)
     value = case.value.at[0, 7].set(jnp.nan)

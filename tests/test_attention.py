@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PATTERNS, SMALL_BLOCKS, Case, Shape, drawn_cases, make_case
+from cases import CHOSEN, PATTERNS, SMALL_BLOCKS, Case, Shape, chosen_cases, drawn_cases, make_case
 from conftest import AS_USERS_COMPILE, HAS_GPU, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,10 +35,17 @@ def check(case: Case, implementation, **more):
     assert_as_exact_as_plain(case.compiled(**{**options(implementation), **more}), *arrays, case.mask, scale=scale)
 
 
+@pytest.mark.parametrize(("pattern", "dtype"), CHOSEN, ids=lambda x: getattr(x, "__name__", x))
+def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, dtype):
+    for case in chosen_cases(pattern, dtype):
+        check(case, implementation)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=examples(16))
 @given(data=st.data())
-def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, data):
+def test_random_cases_are_as_exact_as_plain_attention(implementation, pattern, data):
     check(data.draw(drawn_cases(pattern)), implementation)
 
 

@@ -83,9 +83,8 @@ def rounded_terms(
     """What rounding errors of each element are relative to, to first order.
 
     Returns:
-        Two tuples in the order of `NAMES`, all float32. What a rounding in the delta of its query contributes to each
-        element, where the output that delta is summed from is stored in the dtype of the inputs; then the sums of
-        absolute terms.
+        For the gradients of query, key and value: what rounding the output, which the deltas of queries are summed
+        from, contributes to each element. For all of `NAMES`: the sums of absolute terms. All float32.
     """
     query, key, value, cotangent = (x.astype(jnp.float32) for x in (query, key, value, output_cotangent))
     heads, key_heads = query.shape[2], key.shape[2]
@@ -99,14 +98,15 @@ def rounded_terms(
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.maximum(total, 1e-30)
-    logsumexp_terms = jnp.max(score_terms, axis=-1, initial=0.0) + 1 + jnp.log(jnp.maximum(total[..., 0], 1))
+    peak_terms = jnp.max(score_terms, axis=-1, initial=0.0)
+    logsumexp_terms = peak_terms + 1 + jnp.log(jnp.maximum(total[..., 0], 1))
     output = _einsum("bnts,bsnh->btnh", weights, value)
     weight_gradient = _einsum("btnh,bsnh->bnts", cotangent, value)
     weight_terms = _einsum("btnh,bsnh->bnts", abs(cotangent), abs(value))
     delta = on_query(jnp.sum(output * cotangent, -1) - logsumexp_cotangent)
     delta_terms = (weights * weight_terms).sum(-1, keepdims=True) + abs(on_query(logsumexp_cotangent))
-    # A rounding of a score changes its weight by that much, relatively.
-    roundings = 1 + score_terms
+    # A rounding of a score, or of the log-sum-exp that is taken from it, changes its weight by that much, relatively.
+    roundings = 1 + score_terms + logsumexp_terms[..., None]
     score_gradient_terms = weights * (abs(weight_gradient - delta) * roundings + weight_terms + delta_terms)
     # The elements of the output are rounded each on its own: their errors add up as squares do.
     stored_delta = weights * on_query(jnp.sqrt(jnp.sum(jnp.square(output * cotangent), -1)))
@@ -116,12 +116,11 @@ def rounded_terms(
     to_key = lambda x: by_key_head(abs(scale) * _einsum("bnts,btnh->bsnh", x, abs(query)))
     summed_values = _einsum("bnts,bsnh->btnh", weights * roundings, abs(value))
     summed_cotangents = by_key_head(_einsum("bnts,btnh->bsnh", weights * roundings, abs(cotangent)))
-    nothing = [jnp.zeros_like(x) for x in (summed_values, logsumexp_cotangent, summed_cotangents)]
     return (
-        (nothing[0], nothing[1], to_query(stored_delta), to_key(stored_delta), nothing[2]),
+        (to_query(stored_delta), to_key(stored_delta), jnp.zeros_like(summed_cotangents)),
         (
             summed_values,
-            logsumexp_terms.swapaxes(1, 2),
+            (logsumexp_terms + peak_terms).swapaxes(1, 2),  # by way of exponents of 2 and back: rounded once more
             to_query(score_gradient_terms),
             to_key(score_gradient_terms),
             summed_cotangents,
@@ -159,8 +158,9 @@ def dense_results(
     q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
     want = results(reference.attention, q, k, v)
     deltas, summed = rounded_terms(query, key, value, mask, *given, scale=scale)
-    # Errors of up to half of eps each, independent, hardly ever add up to twice that times the root of their squares.
-    stored = tuple(abs(x) + 2 * delta for x, delta in zip(want, deltas, strict=True))
+    # A result is rounded once. Gradients twice: the weights, or gradients of scores, that they are summed from as well.
+    # Independent errors of half of eps each hardly ever add up to twice that times the root of the squares.
+    stored = tuple(abs(x) for x in want[:2]) + tuple(2 * (abs(x) + y) for x, y in zip(want[2:], deltas, strict=True))
     return Dense(want, results(plain_attention, query, key, value), stored, summed)
 
 

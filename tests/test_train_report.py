@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 
 import pytest
 
+import train.report
 from models import ModelConfig
 from train.__main__ import main
 from train.config import Config, DataConfig
@@ -111,6 +115,19 @@ def test_records_of_earlier_versions_can_be_reported(tmp_path, capsys):
     (tmp_path / "old" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert main(["report", "old"]) == 0
     assert "| old | hash | 40 | 8,000 | 45.0 | 45.0 |" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path, monkeypatch, capsys):
+    """As `head` does; `sys.stdout` is a file here, since what stands in its buffer is written when Python ends."""
+    made_up(tmp_path / "a", seconds_a_step=0.5, attention="dense")
+    for name in ("plot_losses", "plot_speed_and_buckets"):
+        monkeypatch.setattr(train.report, name, lambda *arguments: None)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["report", "a"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import tyro
 
 from train.config import Config
 from train.errors import TrainError
+from train.files import cannot_be
 from train.flops import layer_densities, peak_flops
 from train.folder import expanded, load_config, load_facts
 from train.mesh import axis_sizes
@@ -55,7 +56,7 @@ def report(options: ReportOptions) -> int:
     unit = _unit(histories)
     rows = []
     for name, folder in folders.items():
-        device = facts[name].get("device", {}).get("kind", "")
+        device = str(facts[name].get("device", {}).get("kind", ""))
         rows.append(summary(name, load_config(folder), device, histories[name], unit, options.target))
     compare(rows, histories, unit)
     text = table(rows, unit, options.target)
@@ -74,7 +75,7 @@ def report(options: ReportOptions) -> int:
             if plot_bucket_sizes(history, name, out / file):
                 files.append(file)
     except OSError as error:
-        raise TrainError(f"{out} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+        raise cannot_be("written", out, error, "Choose another folder with --out.") from None
     print(text)
     print(f"\nwrote {', '.join(files)} to {out}")
     return 0

@@ -21,7 +21,7 @@ _AT_LEAST_1 = (
 )
 
 
-LARGEST = 2**30  # longer than any sequence, and sums of two such numbers fit in int32
+LARGEST = 2**29  # longer than any sequence, and sums of three such numbers fit in int32
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ModelConfig:
         for name in (*_AT_LEAST_1, "num_sinks", "num_random", "num_buckets", "drop_warmup"):
             number = getattr(self, name)
             if number is not None and number > LARGEST:
-                return f"--{name.replace('_', '-')} must be at most 2**30, got {number}."
+                return f"--{name.replace('_', '-')} must be at most 2**29, got {number}."
         kinds = [kind.strip() for kind in self.attention.split(",")]
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:

@@ -101,7 +101,7 @@ def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *((f"--{name}={2**30 + 1}", f"--{name} must be at most 2**30, got {2**30 + 1}") for name in LARGE),
+        *((f"--{name}={2**29 + 1}", f"--{name} must be at most 2**29, got {2**29 + 1}") for name in LARGE),
         ("--attention=reformer --num-buckets=8388608", "--num-buckets times --seq-len + 1 must be below 2**31"),
     ],
 )

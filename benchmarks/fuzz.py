@@ -19,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "window", "merged", "index")
+OPERATORS = (
+    *("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "window", "merged", "index"),
+    "decode",  # one token in hash mode, which reads its bucket of a cache
+)
 TRANSFORMS = ("grad", "forward", "vmap", "scan", "checkpoint", "shard_map", "auto_mesh", "explicit_mesh")
 ON_A_MESH = ("shard_map", "auto_mesh", "explicit_mesh")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -206,6 +209,11 @@ def _possible(
     """The signature of what was drawn, with what does not go together put right."""
     if operator == "shared_hash":
         lengths, heads = (lengths[0],) * 2, (heads[0],) * 2
+    if operator == "decode":
+        lengths = 1, max(lengths)
+        options |= {"offset": "one", "segments": False, "window": False, "broadcast": False, "scaled": False}
+        if options["transform"] in ("grad", "checkpoint"):  # it has no derivative
+            options["transform"] = "forward"
     if head_dim % 8 and options["implementation"].startswith("triton"):
         head_dim = 40
     if operator == "range":
@@ -246,7 +254,7 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
     if signature.broadcast:
         tokens, key_tokens = (1, query_length, 1), (1, key_length, 1)
     pattern: dict[str, np.ndarray] = {}
-    if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index"):
+    if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index", "decode"):
         rounds: tuple[int, ...] = (NUM_ROUNDS,) if signature.operator == "rounds" else ()
         kinds = ("one", "few", "many", "distinct", "skewed", "apart", "huge")
         kind = str(rng.choice(kinds[:-1] if signature.operator == "promised_hash" else kinds))
@@ -269,7 +277,9 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         pattern |= {"key_start": start.astype(np.int32), "key_stop": stop.astype(np.int32)}
     if signature.offset != "none":
         shape = () if signature.offset == "one" else (batch,)
-        offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
+        offsets: tuple[int, ...] = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
+        if signature.operator == "decode":  # how many tokens are in the cache, which has room for one more
+            offsets = (0, 1, key_length // 2, key_length - 2, key_length - 1)
         pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), shape).astype(np.int32)
     if signature.window:
         pattern["window"] = np.array(rng.choice([0, 1, 5, key_length, 2**31 - 1]), np.int32)

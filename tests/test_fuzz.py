@@ -22,11 +22,12 @@ SPACE = fuzz.Space(
     devices=len(jax.devices()),
 )
 CASES = 4
+SEED = 88802  # decoding on a mesh, a kernel in the interpreter, gradients under `checkpoint`, and `shard_map`
 
 
 @pytest.mark.parametrize(
     "signature",
-    fuzz.draw_signatures(60 if HAS_GPU else 3, 212, SPACE),
+    fuzz.draw_signatures(60 if HAS_GPU else 4, SEED, SPACE),
     ids=lambda s: f"{s.operator}-{s.transform}-{s.implementation}",
 )
 def test_random_cases_are_as_exact_as_plain_attention(signature):
@@ -64,7 +65,7 @@ def test_signatures_cover_everything_and_are_read_back():
             fuzz.parse(text)
 
 
-@pytest.mark.parametrize("operator", [name for name in fuzz.OPERATORS if name != "index"])
+@pytest.mark.parametrize("operator", [name for name in fuzz.OPERATORS if name not in ("index", "decode")])
 def test_masks_are_those_of_the_reference(operator):
     """The generator works out by itself what may be attended to. The value of key s points in direction s."""
     segments = operator in ("causal", "range", "window")

@@ -138,6 +138,7 @@ def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path, monkeypatch, caps
         (["bare"], "metrics.jsonl holds no metrics"),
         (["young"], "young has no training loss in its metrics"),
         (["text", "images"], "Runs on text and on images cannot be compared (text per byte, images per pixel)"),
+        (["images"], "images/evaluation.json cannot be read (Expecting"),
         (["text", "--out=text/metrics.jsonl"], "text/metrics.jsonl cannot be written (File exists)"),
     ],
 )
@@ -147,6 +148,7 @@ def test_what_cannot_be_reported_is_one_line(arguments, message, tmp_path, capsy
     for name in ("bare", "young"):
         (tmp_path / name).mkdir()
         save_config(tmp_path / name, dataclasses.replace(Config()), {})
+    (tmp_path / "images" / "evaluation.json").write_text('{"part": ')
     line = {"step": 0, "seconds": 0.0, "held_out_loss": 5.0, "held_out_bits_per_byte": 8.0}
     (tmp_path / "young" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert main(["report", *arguments]) == 2

@@ -107,7 +107,7 @@ def _build(entry: Path, wanted: dict[str, Any], source: Source, tokenizer: Token
             buffer = io.BytesIO()
             np.save(buffer, numbers)  # in a file numpy would not see the end of the disk
             with _writing(temporary / name) as path:
-                path.write_bytes(buffer.getbuffer())
+                path.write_bytes(buffer.getvalue())
         values = np.load(temporary / VALUES_FILE, mmap_mode="r")
         meta = {"wanted": wanted, "sha256": _sha256(values, starts, sizes)}
         with _writing(temporary / META_FILE) as path:

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from train.errors import TrainError
 from train.metrics import Clock, Metrics, Units, read_metrics
 
-DAMAGED = ('{"step": "a", "seconds": 1}\n', '{"step": 1, "loss": 2}\n', '{"step": 1, "seconds": 2, "loss": "low"}\n')
+DAMAGED = ('{"step": [1], "seconds": 1}\n', '{"step": 1, "loss": 2}\n', '{"step": 1, "seconds": 2, "loss": "low"}\n')
 
 
 def events(folder) -> list[Event]:

@@ -103,6 +103,13 @@ def _attend(
             if "implementation" in common:
                 options["implementation"] = common["implementation"]
             return operators.sparse_attention(*qkv, operators.hash_index(*hashes, **hashed, **lengths), **options)
+        case "union":
+            hashed.pop("exclude_self")
+            masks = pattern["query_global"], pattern["key_global"]
+            indices = operators.patterns.longformer(*masks, hashed.pop("window"), **hashed)
+            if "implementation" in common:
+                options["implementation"] = common["implementation"]
+            return operators.union_attention(*qkv, indices, **options)
         case "decode":
             position = hashed.pop("query_offset")
             order = bucket_cache.order_of(pattern["key_hash"], position)

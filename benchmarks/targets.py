@@ -15,8 +15,8 @@ TOLERANCE = 0.03
 def judge(rows: Sequence[dict[str, Any]], cases: Mapping[str, Case]) -> None:
     """Writes into each pass of each row what its target says: `target`, with `met` and `reached_aim`.
 
-    Both are None where the time, or that of the case it is compared with, was not measured. A wrong result meets
-    nothing.
+    Both are None where the time, or that of the case it is compared with, was not measured, or not in the same run: of
+    the rows that `--resume` takes over each has the environment of its own. A wrong result meets nothing.
 
     Args:
         rows: Records of `benchmarks.measure`.
@@ -46,6 +46,8 @@ def _speedup(record: dict[str, Any], target: Target) -> dict[str, Any]:
 
 def _limit(row, record, other: dict[str, Any] | None, which: str, target: TimeLimit) -> dict[str, Any]:
     limit = None
+    if other is not None and other.get("environment") != row.get("environment"):
+        other = None
     other_time = None if other is None else milliseconds(other["passes"].get(which, {"times": {}}))
     if other is not None and other_time is not None:
         pairs = row["pairs"] / other["pairs"] if target.per_pair else 1

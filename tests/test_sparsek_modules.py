@@ -108,7 +108,13 @@ def test_linen_is_the_same_layer():
 def test_the_language_model_has_it():
     sizes = {"sparsek_keys": 3, "sparsek_window": 5, "sparsek_chunk": 7, "sparsek_slope": 0.1}
     config = ModelConfig(attention="sparsek", layers=1, width=16, heads=2, dtype="float32", **sizes)
-    model = nnx.eval_shape(lambda: Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0)))
+
+    def build_and_run():
+        model = Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0))
+        return model, model(jnp.zeros((1, 8), jnp.int32))
+
+    model, logits = nnx.eval_shape(build_and_run)
+    assert logits.shape == (1, 8, 8)
     assert model.blocks[0].attention.sparsity == SparseK(3, 5, 7, slope=0.1)
 
 

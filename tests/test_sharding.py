@@ -28,8 +28,6 @@ ON_HEADS = P("data", None, "model")
 SHAPE = Shape(2, 40, 40, 8, 4, 16)
 SIZES = next(sizes for sizes in ((2, 4), (2, 2), (1, 2), (1, 1)) if sizes[0] * sizes[1] <= jax.device_count())
 
-each_kind_of_mesh = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-
 
 def mesh_of(kind: AxisType, sizes=SIZES):
     return jax.make_mesh(sizes, ("data", "model"), axis_types=(kind,) * 2)
@@ -115,19 +113,19 @@ def test_each_device_attends_to_its_own_part(kind, pattern):
     assert all(x.sharding.is_equivalent_to(arrays[0].sharding, 4) for x in jax.tree.leaves(got))
 
 
-@each_kind_of_mesh
-def test_windows_of_each_head_on_parts(kind):
-    """With sinks and segments."""
+@pytest.mark.parametrize(("kind", "num_sinks"), [(AxisType.Auto, 2), (AxisType.Explicit, 0)])
+def test_windows_of_each_head_on_parts(kind, num_sinks):
+    """In segments, with sinks and without."""
     mesh, case = mesh_of(kind), segmented(case_of("causal"))
     arrays, windows = (case.query, case.key, case.value), jnp.arange(3, 3 + SHAPE.heads, dtype=jnp.int32)
     ids = [case.options[f"{side}_segment_ids"] for side in ("query", "key")]
-    windowed = with_segments(partial(scfa_jax.window_attention, num_sinks=2, **HOW))
+    windowed = with_segments(partial(scfa_jax.window_attention, num_sinks=num_sinks, **HOW))
     given = *(sharded(mesh, x) for x in arrays), *(sharded(mesh, x, P("data")) for x in ids)
     got, collectives = run(mesh, windowed, *given, sharded(mesh, windows, P("model")))
 
     position, of_key = np.arange(SHAPE.query_length), np.asarray(ids[1])
     is_earlier = (of_key[:, :, None] == of_key[:, None]) & (position < position[:, None])
-    is_sink = np.sum(is_earlier, axis=-1) < 2  # among the first two of its segment
+    is_sink = np.sum(is_earlier, axis=-1) < num_sinks  # the first of its segment
     is_near = position[:, None] - position < np.asarray(windows)[:, None, None]
     mask = np.asarray(case.mask) & (is_near | is_sink[:, None, None])
     assert_close(got, jax.jit(reference.attention)(*arrays, mask)[0])
@@ -233,7 +231,7 @@ def test_what_cannot_be_split_comes_together(spec):
     assert_close(got, dense(case)[1])
 
 
-@each_kind_of_mesh
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_grad_of_vmap_on_parts(kind):
     mesh, case = mesh_of(kind), case_of("hash")
     stacked = jnp.stack([case.query, 2 * case.query])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import IMPLEMENTATIONS
 from flax import nnx
 from module_cases import BATCH, FEATURES, HEADS, LENGTH, SEED, assert_close, tokens, turned
 
@@ -16,7 +17,7 @@ from scfa_jax import reference
 from scfa_jax.nnx import SparseK
 
 KIND = SparseK(num_keys=3, window=4, chunk_size=5, slope=0.05)
-OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned}
+OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned, "implementation": IMPLEMENTATIONS[0]}
 
 
 @functools.cache

@@ -29,6 +29,7 @@ import tyro
 
 from benchmarks import results
 from benchmarks.run import RESULTS
+from train.evaluate import read_evaluation
 from train.folder import load_config, load_facts
 from train.metrics import read_metrics
 from train.plot import plot_bucket_sizes, plot_losses, plot_speed_and_buckets
@@ -42,13 +43,15 @@ class Experiment:
 
     Attributes:
         data: File or folder in `--data`.
-        shared: Options of all runs.
+        shared: Options of all runs; FOLDER in them is `--data`.
         runs: Further options of each, by its name; speeds are told relative to the first.
+        has_test: Whether the best checkpoint is evaluated on a test part as well.
     """
 
     data: str
     shared: str
     runs: Mapping[str, str]
+    has_test: bool = False
 
 
 _LONG_TEXT = "--preset bytes --lr 1e-3 --sample-length 0"
@@ -79,14 +82,22 @@ def _kinds(length: int) -> dict[str, str]:
     }
 
 
+def _with_another_seed(runs: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """The runs, and some of them once more, named `NAME-seed-1`."""
+    return {**runs, **{f"{name}-seed-1": f"{runs[name]} --seed 1" for name in names}}
+
+
+_PAPERS = {name: _kinds(8192)[name] for name in ("dense", "hash", "qk-30", "reformer")}
+_BPE = (
+    "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --steps 1500 --warmup 150 --sample-length 0"
+)
+
 EXPERIMENTS = {
     "bytes-8k": Experiment(
         "wikipedia_long.jsonl.gz",
         f"{_LONG_TEXT} {_EVALUATED} --batch-size 4 --seq-len 8192 --steps 4000 --warmup 200",
         {
-            **_kinds(8192),
-            "hash-seed-1": "--attention hash --seed 1",
-            "dense-seed-1": "--attention dense --seed 1",
+            **_with_another_seed(_kinds(8192), ("dense", "hash", "qk-30", "reformer", "sparsek", "qk-75")),
             "dense-shared": "--attention dense --share-query-key True --normalize-key True",
             "dense-hash": "--attention dense,hash",
         },
@@ -96,23 +107,35 @@ EXPERIMENTS = {
         f"{_LONG_TEXT} {_EVALUATED} --batch-size 2 --seq-len 16384 --steps 2000 --warmup 200",
         _kinds(16_384),
     ),
+    "bpe-8k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_BPE} {_EVALUATED} --batch-size 4 --seq-len 8192",
+        _PAPERS,
+    ),
+    "bpe-16k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_BPE} {_EVALUATED} --batch-size 2 --seq-len 16384",
+        _PAPERS,
+    ),
     "mnist": Experiment(
         "mnist",
         "--preset mnist --seq-len 784 --batch-size 64 --lr 1e-3 --steps 5000 --warmup 200 --eval-every 500 "
         "--eval-tokens 784000 --log-every 50 --checkpoint-every 1000",
-        {
-            "dense": "--attention dense",
-            "hash": "--attention hash",
-            "reformer": "--attention reformer",
-            "hash-seed-1": "--attention hash --seed 1",
-        },
+        _with_another_seed(
+            {name: _PAPERS[name] for name in ("dense", "hash", "reformer")}, ("dense", "hash", "reformer")
+        ),
+        has_test=True,
     ),
     # The same time, not the same steps: each decays its learning rate over the steps that take three minutes.
     "enwik8": Experiment(
         "enwik8_prefix.gz",
         "--preset bytes --batch-size 8 --seq-len 4096 --lr 1e-3 --warmup 200 --eval-every 200 --eval-tokens 0 "
         "--log-every 25 --checkpoint-every 500 --sample-length 0 --seconds 240",
-        {"hash": "--attention hash --steps 2400", "reformer": "--attention reformer --steps 1300"},
+        _with_another_seed(
+            {"hash": "--attention hash --steps 2400", "reformer": "--attention reformer --steps 1300"},
+            ("hash", "reformer"),
+        ),
+        has_test=True,
     ),
     "deterministic": Experiment(
         "wikipedia_long.jsonl.gz",
@@ -260,6 +283,8 @@ class Results:
         begun = (folder / "checkpoints").exists()
         log = Path(f"{folder}.log") if self._options.at_once > 1 else None
         code = train(["--resume", "--out", str(folder)] if begun else command, seconds, environment, log)
+        if not code and self._experiment.has_test:
+            code = train(["evaluate", str(folder)], math.inf, environment, log)
         if code:
             print(f"{self._name}, {run} ended with code {code}: not in the results", file=sys.stderr, flush=True)
             return
@@ -278,7 +303,7 @@ class Results:
 
 def arguments(experiment: Experiment, name: str, out: Path, options: Options) -> list[str]:
     """The arguments of `python -m train` for a run, whose folder is `out`."""
-    parts = [*experiment.shared.split(), *experiment.runs[name].split()]
+    parts = [*experiment.shared.replace("FOLDER", str(options.data)).split(), *experiment.runs[name].split()]
     if options.steps is not None:
         parts += ["--steps", str(options.steps), "--warmup", str(options.steps // 10)]
         parts += ["--eval-every", str(options.steps), "--log-every", str(max(1, options.steps // 4))]
@@ -319,7 +344,7 @@ def result(name: str, run: Path, command: str) -> dict[str, Any]:
         run: Its folder.
         command: What made it.
     """
-    config, facts, history = load_config(run), load_facts(run), read_metrics(run)
+    config, facts, history, evaluation = load_config(run), load_facts(run), read_metrics(run), read_evaluation(run)
     unit = next(unit for unit in _UNITS if f"held_out_bits_per_{unit}" in history[-1])
     kept = [*_KEPT, f"bits_per_{unit}", f"held_out_bits_per_{unit}"]
     lines = [
@@ -330,7 +355,7 @@ def result(name: str, run: Path, command: str) -> dict[str, Any]:
     return {
         "environment": results.environment(f"python -m train {command}"),
         "unit": unit,
-        "summary": summary(name, config, facts.get("device", {}).get("kind", ""), history, unit, None),
+        "summary": summary(name, config, facts.get("device", {}).get("kind", ""), history, unit, evaluation),
         "history": [_rounded(line) for line in lines],
     }
 
@@ -352,11 +377,14 @@ def write(record: dict[str, Any], file: Path) -> None:
 
 
 def side_by_side(record: dict[str, Any]) -> str:
-    """The results as a table in Markdown."""
+    """The results as a table in Markdown, and what a seed changes, below which a difference is a tie."""
     runs = record["runs"]
     rows, unit = [dict(run["summary"]) for run in runs.values()], next(iter(runs.values()))["unit"]
     compare(rows, {name: run["history"] for name, run in runs.items()}, unit)
-    return table(rows, unit, None)
+    bits = {row["run"]: row["held_out_bits"] for row in rows}
+    spreads = [f"{name} {abs(bits[name] - bits[other]):.4f}" for name in bits if (other := f"{name}-seed-1") in bits]
+    said = f"\n\nDifference of two seeds, held-out bits per {unit}: {', '.join(spreads)}" if spreads else ""
+    return table(rows, unit, None) + said
 
 
 def _rounded(x: Any) -> Any:

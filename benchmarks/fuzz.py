@@ -19,7 +19,11 @@ from typing import Any
 
 import numpy as np
 
-OPERATORS = ("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "window", "merged", "index")
+OPERATORS = (
+    *("causal", "hash", "promised_hash", "shared_hash", "rounds", "keep", "range", "window", "merged", "index"),
+    "union",  # of disjoint indices: a window and global tokens
+    "decode",  # one token in hash mode, which reads its bucket of a cache
+)
 TRANSFORMS = ("grad", "forward", "vmap", "scan", "checkpoint", "shard_map", "auto_mesh", "explicit_mesh")
 ON_A_MESH = ("shard_map", "auto_mesh", "explicit_mesh")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -206,12 +210,17 @@ def _possible(
     """The signature of what was drawn, with what does not go together put right."""
     if operator == "shared_hash":
         lengths, heads = (lengths[0],) * 2, (heads[0],) * 2
+    if operator == "decode":
+        lengths = 1, max(lengths)
+        options |= {"offset": "one", "segments": False, "window": False, "broadcast": False, "scaled": False}
+        if options["transform"] in ("grad", "checkpoint"):  # it has no derivative
+            options["transform"] = "forward"
     if head_dim % 8 and options["implementation"].startswith("triton"):
         head_dim = 40
     if operator == "range":
         options["offset"] = "none"
-    if operator in ("range", "window", "merged"):
-        options["window"] = operator == "window"
+    if operator in ("range", "window", "merged", "union"):
+        options["window"] = operator in ("window", "union")
     if options["transform"] in ON_A_MESH and not min(lengths):
         options["transform"] = "grad"
     if options["transform"] == "shard_map" and options["implementation"] == "triton_interpret":
@@ -246,7 +255,7 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
     if signature.broadcast:
         tokens, key_tokens = (1, query_length, 1), (1, key_length, 1)
     pattern: dict[str, np.ndarray] = {}
-    if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index"):
+    if signature.operator in ("hash", "promised_hash", "shared_hash", "rounds", "index", "decode"):
         rounds: tuple[int, ...] = (NUM_ROUNDS,) if signature.operator == "rounds" else ()
         kinds = ("one", "few", "many", "distinct", "skewed", "apart", "huge")
         kind = str(rng.choice(kinds[:-1] if signature.operator == "promised_hash" else kinds))
@@ -258,6 +267,9 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
     if signature.operator in ("keep", "merged"):
         for name, size in (("query_keep", tokens), ("key_keep", key_tokens)):
             pattern[name] = rng.random(size) < rng.choice([0.0, 0.05, 0.5, 0.9, 1.0])
+    if signature.operator == "union":
+        for name, size in (("query_global", tokens), ("key_global", key_tokens)):
+            pattern[name] = rng.random(size) < rng.choice([0.0, 0.05, 0.5, 1.0])
     if signature.operator == "merged":
         pattern["is_first"] = rng.random(key_tokens) < rng.choice([0.0, 0.3, 1.0])
     if signature.operator == "range":
@@ -269,10 +281,15 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
         pattern |= {"key_start": start.astype(np.int32), "key_stop": stop.astype(np.int32)}
     if signature.offset != "none":
         shape = () if signature.offset == "one" else (batch,)
-        offsets = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
+        offsets: tuple[int, ...] = (0, key_length - query_length, 7, -5, 1000, -1000, 2**31 - 1, -(2**31))
+        if signature.operator == "union":  # which moves them by its window
+            offsets = offsets[:-2]
+        if signature.operator == "decode":  # how many tokens are in the cache, which has room for one more
+            offsets = (0, 1, key_length // 2, key_length - 2, key_length - 1)
         pattern["query_offset"] = rng.choice(np.array(offsets, np.int64), shape).astype(np.int32)
     if signature.window:
-        pattern["window"] = np.array(rng.choice([0, 1, 5, key_length, 2**31 - 1]), np.int32)
+        windows = (0, 1, 5, key_length, 2**31 - 1)
+        pattern["window"] = np.array(rng.choice(windows[: -1 if signature.operator == "union" else None]), np.int32)
     if signature.segments:
         kind = str(rng.choice(("one", "runs", "padded", "scattered", "huge", "padding")))
         for name, length in (("query_segment_ids", query_length), ("key_segment_ids", key_length)):
@@ -327,7 +344,11 @@ def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarr
         mask = key <= position - int(signature.exclude_self and "query_hash" in pattern)
         if signature.window:
             seen = key > position - pattern["window"]
-            mask = mask & (seen | _is_sink(pattern, key_length) if signature.operator == "window" else seen)
+            if signature.operator == "window":
+                seen = seen | _is_sink(pattern, key_length)
+            elif signature.operator == "union":
+                seen = seen | on_query("query_global") | on_key("key_global")
+            mask = mask & seen
     if "query_hash" in pattern:
         same = on_query("query_hash") == on_key("key_hash" if "key_hash" in pattern else "query_hash")
         mask = mask & (same.any(0) if signature.operator == "rounds" else same)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import scfa_jax
 from benchmarks import tolerance
 from benchmarks.fuzz import NUM_SINKS, PROMISE, Case, Signature
-from scfa_jax import BlockSizes, Tile
+from scfa_jax import BlockSizes, Tile, bucket_cache
 
 Program: TypeAlias = Callable[[Case], tuple[jax.Array, ...]]
 
@@ -25,11 +25,11 @@ SMALL_TILES = BlockSizes(Tile(16, 32), Tile(32, 16), Tile(16, 16))
 
 
 def program(signature: Signature) -> Program:
-    """What computes cases of a signature: one compiled function, whose results are as in `tolerance.NAMES`."""
+    """What computes cases of a signature: one compiled function, whose results are the first of `tolerance.NAMES`."""
     attend = _transformed(functools.partial(_attend, signature), signature)
 
     def results(pattern: dict[str, jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        if signature.transform == "forward":
+        if signature.transform == "forward" or signature.operator == "decode":
             return attend(pattern, *arrays[:3])
         return tolerance.results_and_gradients(functools.partial(attend, pattern), *arrays)
 
@@ -62,14 +62,15 @@ def check(signature: Signature, case: Case, results: Sequence[jax.Array]) -> lis
     query, key, value, *given = case.arrays
     dense = tolerance.dense_results(query, key, value, case.mask, *given, scale=signature.scale)
     kernels = jax.default_backend() == "gpu" and signature.implementation in ("default", "triton")
-    in_tf32_products = kernels and signature.dtype == "float32" and signature.shape[-1] % 8 == 0
+    has_dots = signature.operator != "decode"
+    in_tf32_products = kernels and has_dots and signature.dtype == "float32" and signature.shape[-1] % 8 == 0
     return tolerance.problems(results, dense, signature.dtype, in_tf32_products=in_tf32_products)
 
 
 def _attend(
     signature: Signature, pattern: dict[str, jax.Array], query: jax.Array, key: jax.Array, value: jax.Array
 ) -> Any:
-    """Output and log-sum-exp by the operator."""
+    """Output and log-sum-exp by the operator; decoding has no log-sum-exp."""
     operators: Any = scfa_jax
     hashed: dict[str, Any] = {name: x for name, x in pattern.items() if name.endswith("segment_ids")}
     hashed |= {name: pattern[name] for name in ("query_offset", "window") if name in pattern}
@@ -102,12 +103,26 @@ def _attend(
             if "implementation" in common:
                 options["implementation"] = common["implementation"]
             return operators.sparse_attention(*qkv, operators.hash_index(*hashes, **hashed, **lengths), **options)
+        case "union":
+            hashed.pop("exclude_self")
+            masks = pattern["query_global"], pattern["key_global"]
+            indices = operators.patterns.longformer(*masks, hashed.pop("window"), **hashed)
+            if "implementation" in common:
+                options["implementation"] = common["implementation"]
+            return operators.union_attention(*qkv, indices, **options)
+        case "decode":
+            position = hashed.pop("query_offset")
+            order = bucket_cache.order_of(pattern["key_hash"], position)
+            hashed.setdefault("implementation", None)
+            cached = pattern["query_hash"], pattern["key_hash"], order, position
+            output, _ = bucket_cache.attend_from_one(*qkv, *cached, **hashed)
+            return (output,)
         case _:
             return operators.hash_sparse_attention(*qkv, *hashes, **hashed, **options)
 
 
 def _transformed(attend: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
-    """`(pattern, query, key, value)` to output and log-sum-exp, the same whatever the transformation."""
+    """`(pattern, query, key, value)` to what `attend` gives, the same whatever the transformation."""
     whole = signature.shape[0]
 
     def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,9 +159,7 @@ def _transformed(attend: Callable[..., Any], signature: Signature) -> Callable[.
             def on_devices(pattern, *arrays):
                 specs = jax.tree.map(functools.partial(_spec, signature), (pattern, *arrays))
                 rows = PartitionSpec("data", None, "model")
-                return jax.shard_map(attend, mesh=_mesh(signature), in_specs=specs, out_specs=(rows, rows))(
-                    pattern, *arrays
-                )
+                return jax.shard_map(attend, mesh=_mesh(signature), in_specs=specs, out_specs=rows)(pattern, *arrays)
 
             return on_devices
         case _:

@@ -1,9 +1,10 @@
-"""`python -m benchmarks.sanitize` runs the kernels' small cases under NVIDIA's compute-sanitizer.
+"""`python -m benchmarks.sanitize` runs the kernels' small cases, decoding's too, under NVIDIA's compute-sanitizer.
 
 memcheck looks for accesses out of bounds, with JAX's platform allocator, so that every array is allocated by itself.
 That it would see one is proved by a kernel that writes past its array. racecheck looks for hazards in shared memory.
 Triton's pipelines and reductions may look like hazards to it by themselves, so plain Pallas kernels with these parts
-run beside ours: a report of ours counts as explained where a plain kernel has one of the same kind.
+run beside ours: a report of ours counts as explained where a plain kernel has one of the same kind. What decoding
+gives is compared with the dense reference, on the CPU, since the sanitizer watches whatever runs on the GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +44,18 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",
 }
 DONE = "scfa sanitize: done"
+WRONG = "scfa sanitize: wrong: "
 LENGTH = 128
+# Each dtype, head sizes that are no power of two and one that is, heads that share keys. Caches of several tiles, the
+# last cut short, which are shared out among programs, or visited by one program where the batch alone makes enough.
+DECODING = tuple(
+    fuzz.Signature("decode", shape, dtype, "forward", implementation="triton", offset="one", exclude_self=exclude_self)
+    for shape, dtype, exclude_self in (
+        ((2, 1, 187, 4, 2, 64), "bfloat16", True),
+        ((128, 1, 187, 4, 1, 80), "float32", False),
+        ((2, 1, 187, 6, 2, 24), "float16", True),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Options:
     tools: tuple[str, ...] = ("memcheck", "racecheck")
     """Tools of the sanitizer."""
     signatures: int = 12
-    """Random signatures of the kernels."""
+    """Random signatures of the kernels, besides three of decoding."""
     cases: int = 2
     """Cases of each signature."""
     time_limit: float = 500
@@ -78,11 +90,13 @@ class Findings:
         errors: As its summaries count them, hazards of racecheck included; None if there is no summary.
         reports: By kind of report, without addresses and sizes of kernels: how many, by kernel.
         finished: Whether the program came to its end.
+        wrong: Cases with wrong results, and what was wrong.
     """
 
     errors: int | None
     reports: dict[str, dict[str, int]]
     finished: bool
+    wrong: tuple[str, ...] = ()
 
 
 _SUMMARY = re.compile(r"========= (?:ERROR SUMMARY: ([\d,]+) error|RACECHECK SUMMARY: ([\d,]+) hazard)")
@@ -116,7 +130,8 @@ def parse(log: str) -> Findings:
         elif error := _ERROR.match(line):
             where = _WHERE.match(following)
             reports[error[1].strip()][_kernel(where[1]) if where else "unknown"] += 1
-    return Findings(errors, {kind: dict(kernels) for kind, kernels in reports.items()}, DONE in lines)
+    wrong = tuple(line.removeprefix(WRONG) for line in lines if line.startswith(WRONG))
+    return Findings(errors, {kind: dict(kernels) for kind, kernels in reports.items()}, DONE in lines, wrong)
 
 
 def _number(text: str) -> int:
@@ -142,6 +157,7 @@ def faults(runs: dict[str, dict[str, Findings]]) -> list[str]:
                 found.append(f"{tool} of {workload}: the log has no summary")
             elif not findings.finished and workload != "overrun":  # such a write may end the program
                 found.append(f"{tool} of {workload}: the program did not come to its end")
+            found += [f"{tool} of {workload}: {wrong}" for wrong in findings.wrong]
     for workload, findings in runs.get("memcheck", {}).items():
         seen = any(kind.startswith("Invalid __global__ write") for kind in findings.reports)
         if workload == "overrun" and not seen:
@@ -210,11 +226,11 @@ def _call(kernel: Callable[..., None], out_shape: jax.ShapeDtypeStruct, interpre
 
 
 def run_workload(name: str, signatures: int, cases: int) -> None:
-    """What the sanitizer watches; prints `DONE` at its end.
+    """What the sanitizer watches; prints a line for each wrong result of decoding, and `DONE` at its end.
 
     Args:
         name: "overrun", "plain" or "kernels".
-        signatures: How many of the kernels.
+        signatures: How many random ones of the kernels.
         cases: Cases of each.
     """
     rng = np.random.default_rng(0)
@@ -229,12 +245,18 @@ def run_workload(name: str, signatures: int, cases: int) -> None:
         for signature in small_signatures(signatures):
             run = fuzz_program.program(signature)
             for number in range(cases):
-                jax.block_until_ready(run(fuzz.draw_case(signature, number)))
+                case = fuzz.draw_case(signature, number)
+                got = jax.block_until_ready(run(case))
+                if signature.operator == "decode":
+                    with jax.default_device(jax.devices("cpu")[0]):
+                        problems = fuzz_program.check(signature, case, jax.device_get(got))
+                    for problem in problems:
+                        print(f"{WRONG}{signature}, case {number}: {problem}")
     print(DONE, flush=True)
 
 
 def small_signatures(count: int) -> list[fuzz.Signature]:
-    """Signatures of the kernels on short sequences, forward and backward."""
+    """So many random signatures of the kernels on short sequences, forward and backward, and those of decoding."""
     space = fuzz.Space(
         implementations=("triton",),
         tiles=("default", "small"),
@@ -242,7 +264,9 @@ def small_signatures(count: int) -> list[fuzz.Signature]:
         head_dims=(16, 64, 24, 128),
     )
     drawn = fuzz.draw_signatures(count, 0, space)
-    return [dataclasses.replace(signature, transform="grad", mesh=(1, 1)) for signature in drawn]
+    transform = lambda signature: "forward" if signature.operator == "decode" else "grad"
+    plain = [dataclasses.replace(signature, transform=transform(signature), mesh=(1, 1)) for signature in drawn]
+    return [*plain, *DECODING]
 
 
 def sanitized(tool: str, workload: str, options: Options) -> str:

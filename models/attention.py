@@ -196,23 +196,27 @@ class ReformerSelfAttention(CausalSelfAttention):
     ) -> jax.Array:
         """Maps `[B, T, E]` to the like; `segment_ids` as in `Transformer.features`, `rotations` of `draw`."""
         assert isinstance(self.sparsity, Rounds)
-        rotations = self.rotations[...] if rotations is None else rotations
-        query, value = self.query(x), self.value(x)
-        hashed = query
-        if self.rotary is not None:
-            query = self.rotary(query, jnp.arange(x.shape[1])[None])
-            hashed = hashed if self.sparsity.before_rotary else query
+        query, buckets = self.query_and_buckets(x, self.rotations[...] if rotations is None else rotations)
         return self.out(
             reformer_attention(
                 query,
-                value,
-                jax.vmap(lsh_hash, (None, 0))(hashed, rotations),
+                self.value(x),
+                buckets,
                 num_buckets=self.sparsity.num_buckets,
                 chunk_size=self.sparsity.chunk_size,
                 normalize_key=self.layout.normalize_key,
                 segment_ids=segment_ids,
             )
         )
+
+    def query_and_buckets(self, x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries `[B, T, N, H]` of `[B, T, E]`, and their buckets, int32 `[R, B, T, N]`; `rotations` of `draw`."""
+        assert isinstance(self.sparsity, Rounds)
+        query = hashed = self.query(x)
+        if self.rotary is not None:
+            query = self.rotary(query, jnp.arange(x.shape[1])[None])
+            hashed = hashed if self.sparsity.before_rotary else query
+        return query, jax.vmap(lsh_hash, (None, 0))(hashed, rotations)
 
 
 def drop_rate(config: ModelConfig, step: jax.Array | int | None) -> jax.Array | float:

@@ -58,8 +58,8 @@ def test_tokenizers_hold_out_the_same_text(lengths, tmp_path, gpt2, monkeypatch)
     else:  # cut within a document: at most a token apart
         assert held_out.endswith(decoded) or decoded.endswith(held_out)
         assert abs(len(held_out) - len(decoded)) <= 4
-    assert by_pairs.held_out_units_per_token == pytest.approx(len(decoded) / len(by_pairs.held_out))
-    assert by_pairs.held_out_units_per_token > 1.5
+    assert by_pairs.units_per_token("held_out") == pytest.approx(len(decoded) / len(by_pairs.held_out))
+    assert by_pairs.units_per_token("held_out") > 1.5
 
 
 def test_facts_tell_corpora_apart_by_content_not_by_place(tmp_path):
@@ -209,7 +209,7 @@ def mnist(tmp_path) -> Path:
 def test_each_image_is_a_sequence_that_a_token_opens(held_out, mnist):
     corpus = load(mnist, seq_len=784, held_out=held_out)
     images = np.random.default_rng(0).integers(0, 256, (50, 784), np.uint8)
-    assert (corpus.vocab_size, corpus.unit, corpus.held_out_units_per_token) == (257, "pixel", 1.0)
+    assert (corpus.vocab_size, corpus.unit, corpus.units_per_token("held_out")) == (257, "pixel", 1.0)
     cut = 40 - round(40 * held_out)
     parts = ((corpus.train, images[:cut]), (corpus.held_out, images[cut:40]), (corpus.part("test"), images[40:]))
     for part, expected in parts:

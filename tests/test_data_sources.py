@@ -31,7 +31,7 @@ def test_a_text_file_is_one_document_read_byte_by_byte(tmp_path):
     corpus = load(path)
     assert text_of(corpus) == b"\0" + path.read_bytes()
     assert (corpus.train.dtype, corpus.documents, corpus.unit, corpus.vocab_size) == ("uint8", 1, "byte", 256)
-    assert corpus.held_out_units_per_token == 1.0
+    assert corpus.units_per_token("held_out") == 1.0
 
 
 def test_json_lines_become_documents_that_a_separator_opens(tmp_path):

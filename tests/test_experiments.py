@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 import time
 
 import pytest
@@ -20,6 +21,13 @@ TINY = Experiment(
     "--layers 1 --width 16 --heads 2 --seq-len 16 --batch-size 2 --warmup 1 --eval-every 2 --log-every 1 "
     "--eval-tokens 64 --checkpoint-every 2 --sample-length 0 --dtype float32",
     {"one": "--attention identity --steps 2", "two": "--attention identity --steps 4"},
+)
+TINY_IMAGES = dataclasses.replace(
+    TINY,
+    data="mnist",
+    shared=TINY.shared.replace("16 --batch", "784 --batch") + " --held-out 0.3",
+    runs={"one": "--attention identity --steps 2", "one-seed-1": "--attention identity --steps 2 --seed 1"},
+    has_test=True,
 )
 
 
@@ -72,6 +80,26 @@ def test_runs_are_made_once_and_in_parts_and_stand_side_by_side(tmp_path, monkey
     assert "| two | identity | 4 |" in capsys.readouterr().out
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {"tiny-loss.png", "tiny-speed.png"}
+
+
+def test_the_test_part_and_the_spread_of_seeds_stand_in_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mnist").mkdir()
+    for name in ("train", "t10k"):
+        header = struct.pack(">4I", 2051, 6, 28, 28)
+        (tmp_path / "mnist" / f"{name}-images-idx3-ubyte").write_bytes(header + bytes(6 * 784))
+    monkeypatch.setattr(experiments, "train", lambda command, *rest: train_main(command))
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY_IMAGES)
+    folders = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert experiments.main(["tiny", *folders]) == 0
+    runs = json.loads((tmp_path / "tiny.json").read_text())["runs"]
+    one, other = (run["summary"] for run in runs.values())
+    assert 0 < one["test_bits"] < 9
+    assert one["test_bits"] != other["test_bits"]
+    said = capsys.readouterr().out
+    assert "| of the test part |" in said
+    assert (
+        f"of two seeds, held-out bits per pixel: one {abs(one['held_out_bits'] - other['held_out_bits']):.4f}" in said
+    )
 
 
 def test_runs_at_once_have_a_gpu_each(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What compute-sanitizer prints is read as it is meant, and what it must watch is what it should be."""
 
+import dataclasses
 import json
 import stat
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from test_lowering import lowered_for_cuda, number_of_kernels
 
-from benchmarks import fuzz, sanitize
+from benchmarks import fuzz, fuzz_program, sanitize
 from benchmarks.sanitize import DONE, Findings, faults, parse
+from scfa_jax.kernels import triton_decode
 
 CLEAN = f"""========= COMPUTE-SANITIZER
 {DONE}
@@ -115,7 +117,38 @@ def test_the_small_cases_are_of_every_operator():
     signatures = sanitize.small_signatures(sanitize.Options().signatures)
     assert {signature.operator for signature in signatures} == set(fuzz.OPERATORS)
     assert {signature.implementation for signature in signatures} == {"triton"}
-    assert max(max(signature.shape[1:3]) for signature in signatures) <= 90
+    assert max(max(signature.shape[1:3]) for signature in signatures) <= 187
+
+
+def test_decoding_runs_on_caches_almost_empty_and_full_and_on_buckets_of_no_key_and_of_several_tiles():
+    options = sanitize.Options()
+    signatures = [s for s in sanitize.small_signatures(options.signatures) if s.operator == "decode"]
+    assert len(signatures) <= 4
+    assert {signature.dtype for signature in signatures} == set(fuzz.DTYPES)
+    assert {signature.shape[-1] for signature in signatures} >= {24, 64, 80}
+    assert all(signature.shape[3] > signature.shape[4] for signature in sanitize.DECODING)
+    cases = [fuzz.draw_case(signature, number) for signature in signatures for number in range(options.cases)]
+    room_left = [case.mask.shape[3] - 1 - int(case.pattern["query_offset"]) for case in cases]
+    assert min(room_left) == 0
+    assert any(case.pattern["query_offset"] <= 1 for case in cases)
+    keys = [case.mask.sum(axis=3) for case in cases]
+    assert any(np.any(number == 0) for number in keys)
+    one_program_each = [number for number in keys if number.size >= triton_decode._PROGRAMS]
+    assert max(number.max() for number in one_program_each) > 2 * 64  # so that some visit several tiles
+
+
+@pytest.mark.parametrize("error", [0, 1e-4])
+def test_a_wrong_result_of_decoding_is_a_fault(error, monkeypatch, capsys):
+    signature = dataclasses.replace(sanitize.DECODING[1], shape=(2, 1, 40, 4, 2, 80), implementation="triton_interpret")
+    program = fuzz_program.program(signature)
+    monkeypatch.setattr(sanitize, "small_signatures", lambda count: [signature])
+    monkeypatch.setattr(fuzz_program, "program", lambda _: lambda case: tuple(x + error for x in program(case)))
+    sanitize.run_workload("kernels", 1, cases=2)
+    findings = parse(CLEAN.replace(DONE, capsys.readouterr().out))
+    assert findings.finished
+    found = faults({"memcheck": {"kernels": findings}})
+    starts = [f"memcheck of kernels: {signature}, case {number}: output: error " for number in range(2)]
+    assert [fault[: len(start)] for fault, start in zip(found, starts, strict=False)] == (starts if error else [])
 
 
 def test_without_the_sanitizer_it_says_so_in_one_line(monkeypatch, capsys):

@@ -6,11 +6,12 @@ import functools
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models import ModelConfig
-from models.buckets import hash_layers
+from models.buckets import hashing_layers
 from scfa_jax.sparsity import hash
 from train.buckets import bucket_sizes, bucket_step
 from train.config import OptimizerConfig
@@ -35,7 +36,7 @@ def test_buckets_are_counted_by_layer(options, documents):
     )
 
     segment_ids = None if ids is None else ids[:, :-1]
-    found = lambda params, fixed: hash_layers(model.merge(params, fixed), tokens[:, :-1], segment_ids=segment_ids)
+    found = lambda params, fixed: hashing_layers(model.merge(params, fixed), tokens[:, :-1], segment_ids=segment_ids)
     layers = jax.jit(found)(state.params, state.fixed)
     together = document[:-1, None] == document[:-1]
     dense = np.tril(together).sum()
@@ -57,6 +58,39 @@ def test_buckets_are_counted_by_layer(options, documents):
         assert measured["bucket_largest_share"][number] == pytest.approx(np.mean(shares, axis=0)[0], rel=1e-6)
         assert measured["bucket_effective"][number] == pytest.approx(np.mean(effective), rel=1e-5)
         assert measured["bucket_pairs"][number] == pytest.approx(np.mean(pairs), rel=1e-6)
+    assert measured.get("bucket_coverage") == ([1, 1] if config.exclude_self else None)
+
+
+def test_what_the_reformer_takes_of_its_buckets_is_measured_in_every_round():
+    rounds, chunk = 2, 3
+    config = ModelConfig(
+        **{"layers": 2, "width": 16, "heads": 2, "num_buckets": 4, "attention": "hash,reformer", "dtype": "float32"},
+        num_rounds=rounds,
+        chunk_size=chunk,
+    )
+    model, state = init(config, OptimizerConfig(), vocab_size=256, max_length=LENGTH)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, LENGTH + 1)).astype(np.uint8)
+    document = np.arange(LENGTH + 1) // 11
+    ids = jnp.asarray(np.broadcast_to(document, tokens.shape).astype(np.int32))
+
+    def both(params, fixed):
+        layers = hashing_layers(model.merge(params, fixed), tokens[:, :-1], segment_ids=ids[:, :-1])
+        return bucket_step(model, params, fixed, Batch(tokens, ids)), layers[1].query
+
+    measured, query = jax.jit(both)(state.params, state.fixed)
+    assert query.shape == (rounds * 2, LENGTH, 2)
+    together = document[:-1, None] == document[:-1]
+    taken = pairs = 0
+    for one in np.moveaxis(np.asarray(query), 1, 2).reshape(-1, LENGTH):  # a round, sequence and head
+        slot = np.empty(LENGTH, int)
+        slot[np.argsort(one, kind="stable")] = np.arange(LENGTH)
+        in_bucket = np.tril(together & (one[:, None] == one), -1)
+        seen = (slot[:, None] // chunk - slot // chunk) <= 1
+        taken, pairs = taken + (in_bucket & seen).sum(), pairs + in_bucket.sum()
+    found = bucket_sizes(measured)
+    assert 0 < taken < pairs
+    assert found["bucket_coverage"] == [1, pytest.approx(taken / pairs, rel=1e-6)]
+    assert found["bucket_pairs"][1] == pytest.approx(taken / np.tril(together).sum() / (rounds * 4), rel=1e-6)
 
 
 @pytest.mark.parametrize("before_rotary", [False, True])
@@ -76,5 +110,5 @@ def test_they_are_the_buckets_that_attention_uses(before_rotary, monkeypatch):
 
     monkeypatch.setattr(hash, "hash_sparse_attention", note)
     transformer.features(tokens)
-    for layer, ids in zip(hash_layers(transformer, tokens), seen[:2], strict=True):
+    for layer, ids in zip(hashing_layers(transformer, tokens), seen[:2], strict=True):
         np.testing.assert_array_equal(layer.query, ids)

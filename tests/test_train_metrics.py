@@ -88,7 +88,7 @@ def test_the_clock_counts_only_while_it_runs():
     ],
 )
 def test_losses_are_told_in_bits_of_what_people_count(unit, per_token, bits, perplexity):
-    units = Units(SimpleNamespace(unit=unit, held_out_units_per_token=per_token))
+    units = Units(SimpleNamespace(unit=unit, units_per_token=lambda part: per_token))
     nats = math.log(8)
     assert units.training(nats) == {"loss": nats, bits: pytest.approx(3 / per_token)}
     held_out = {"held_out_loss": nats, f"held_out_{bits}": pytest.approx(3 / per_token)}
@@ -104,5 +104,5 @@ def test_a_folder_without_metrics_says_so(content, tmp_path):
 
 
 def test_a_loss_gone_wild_does_not_end_the_run():
-    held_out = Units(SimpleNamespace(unit="token", held_out_units_per_token=1.0)).held_out(1e4)
+    held_out = Units(SimpleNamespace(unit="token", units_per_token=lambda part: 1.0)).held_out(1e4)
     assert math.isfinite(held_out["held_out_perplexity"])

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from train.errors import TrainError
+from train.evaluate import EvaluateOptions, evaluate_run
 from train.moa.command import MoaOptions, moa
 from train.options import parse
 from train.processes import leave
@@ -22,13 +23,14 @@ from train.sample import SampleOptions, sample_run
 # Commands beside training: what their options are and what does them.
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "sample": (SampleOptions, sample_run),
+    "evaluate": (EvaluateOptions, evaluate_run),
     "report": (ReportOptions, report),
     "moa": (MoaOptions, moa),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, samples, reports or plans as the command line says.
+    """Trains, samples, evaluates, reports or plans as the command line says.
 
     Args:
         argv: Arguments; those of the process if None.

@@ -1,4 +1,4 @@
-"""How evenly the hash layers fill their buckets: arrays in a jitted step, and what metrics keep of them."""
+"""How layers fill their buckets and what they take of them: arrays in a jitted step, and what metrics keep of these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.buckets import hash_layers
+from models.buckets import hashing_layers
+from models.coverage import count_pairs
 from scfa_jax import causal_index, hash_index
 from train.data import Batch
 from train.step import LanguageModel, inputs_and_targets
@@ -18,39 +19,48 @@ def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> 
     """Measures the buckets of queries on a batch `[B, T + 1]`, by the hashes of evaluation.
 
     Returns:
-        For each hash layer, means over sequences and heads:
+        For each layer that hashes, means over sequences, heads and rounds:
         - `shares`, float32 `[num_buckets]`: the share of the tokens in each bucket, the largest first;
         - `effective`, float32 `[]`: how many buckets of equal size have the entropy of these;
-        - `pairs`, float32 `[]`: allowed pairs of a query and a key over those of dense attention.
+        - `pairs`, float32 `[]`: the pairs of a query and a key that attention takes, over those of dense attention;
+        - `coverage`, float32 `[]`, where keys are the queries: the share that attention takes of all pairs of a token
+          and an earlier one of its bucket, counted from the index or the chunks.
     """
     transformer = model.merge(params, fixed)
     tokens, _, segment_ids = inputs_and_targets(batch)
     segments: Any = {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
-    layers = hash_layers(transformer, tokens, segment_ids=segment_ids)
-    batch_size, length = tokens.shape
-    dense = jnp.broadcast_to(causal_index(length, length, **segments).stats()["pairs"], (batch_size, 1))
+    layers = hashing_layers(transformer, tokens, segment_ids=segment_ids)
+    length = tokens.shape[1]
+    dense = causal_index(length, length, **segments).stats()["pairs"]  # [B or 1, 1]
     config, measured = transformer.config, []
-    for query, key in layers:
+    for query, key, chunk_size in layers:
         sizes = (query[..., None] == jnp.arange(config.num_buckets)).sum(axis=1)  # [B, N, num_buckets]
         shares = jnp.sort(sizes / length, axis=-1, descending=True)
         entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
-        index = hash_index(query, key, exclude_self=config.exclude_self, num_buckets=config.num_buckets, **segments)
-        measured.append(
-            {
-                "shares": shares.mean((0, 1)),
-                "effective": jnp.exp(entropy).mean(),
-                "pairs": (index.stats()["pairs"] / dense).mean(),
-            }
-        )
+        layer = {"shares": shares.mean((0, 1)), "effective": jnp.exp(entropy).mean()}
+        if key is None:
+            ids = segment_ids if segment_ids is None else jnp.tile(segment_ids, (len(query) // len(tokens), 1))
+            taken, pairs = count_pairs(query, chunk_size=chunk_size, segment_ids=ids)
+            layer["coverage"] = taken.sum() / jnp.maximum(pairs.sum(), 1)
+        if chunk_size is None:
+            index = hash_index(query, key, exclude_self=config.exclude_self, num_buckets=config.num_buckets, **segments)
+            taken = index.stats()["pairs"]
+        rounds = len(query) // len(tokens)
+        layer["pairs"] = (taken.reshape(rounds, len(tokens), -1) / dense).mean()
+        measured.append(layer)
     return measured
 
 
 def bucket_sizes(measured: list[dict[str, jax.Array]]) -> dict[str, list[Any]]:
-    """What a line of metrics says of buckets: a list of one entry a hash layer for each quantity."""
+    """What a line of metrics says of buckets: a list of one entry a layer for each quantity that all of them have."""
     layers = jax.device_get(measured)
-    return {
-        "bucket_largest_share": [float(layer["shares"][0]) for layer in layers],
-        "bucket_effective": [float(layer["effective"]) for layer in layers],
-        "bucket_pairs": [float(layer["pairs"]) for layer in layers],
-        "bucket_shares": [np.round(layer["shares"].astype(float), 4).tolist() for layer in layers],
+    names = {
+        "bucket_largest_share": lambda layer: float(layer["shares"][0]),
+        "bucket_effective": lambda layer: float(layer["effective"]),
+        "bucket_pairs": lambda layer: float(layer["pairs"]),
+        "bucket_coverage": lambda layer: float(layer["coverage"]),
+        "bucket_shares": lambda layer: np.round(layer["shares"].astype(float), 4).tolist(),
     }
+    if not all("coverage" in layer for layer in layers):
+        del names["bucket_coverage"]
+    return {name: [of(layer) for layer in layers] for name, of in names.items()}

@@ -15,6 +15,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from models.buckets import HASHING
 from train.buckets import bucket_sizes, bucket_step
 from train.checkpoint import Checkpoints
 from train.config import Config, DataConfig
@@ -55,7 +56,7 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
         mesh, functools.partial(eval_step, model), state.params, state.fixed, part, weights, out_shardings=outputs
     )
     buckets = None
-    if "hash" in config.model.layer_kinds():
+    if set(HASHING) & set(config.model.layer_kinds()):
         measured = functools.partial(bucket_step, model)
         lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
         buckets = lowered.compile(compiler_options=options)
@@ -78,11 +79,16 @@ def _placing(mesh: Mesh, steps: Compiled, batch_size: int) -> Compiled:
 
 
 def evaluate(
-    eval_step: Callable[..., jax.Array], state: TrainState, corpus: Corpus, data: DataConfig, max_tokens: int
+    eval_step: Callable[..., jax.Array],
+    state: TrainState,
+    corpus: Corpus,
+    data: DataConfig,
+    max_tokens: int,
+    part: str = "held_out",
 ) -> float:
-    """Mean loss on held-out text, nats a token; arguments as of `held_out_batches`, and a step of `Compiled`."""
+    """Mean loss on a part of the text, nats a token; arguments as of `held_out_batches`, and a step of `Compiled`."""
     sums, tokens = [], 0.0
-    for batch, weights in held_out_batches(corpus, data, max_tokens):
+    for batch, weights in held_out_batches(corpus, data, max_tokens, part):
         sums.append(eval_step(state.params, state.fixed, batch, weights))
         tokens += float(weights.sum()) * (batch.tokens.shape[1] - 1)
     return math.fsum(float(part) for part in sums) / tokens

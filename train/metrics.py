@@ -123,11 +123,12 @@ class Units:
 
     Args:
         corpus: Says what a token stands for.
+        part: Of the corpus, which the losses are of.
     """
 
-    def __init__(self, corpus: Corpus):
+    def __init__(self, corpus: Corpus, part: str = "held_out"):
         self.name = "pixel" if corpus.unit == "pixel" else "byte"
-        self._per_token = corpus.held_out_units_per_token
+        self._per_token = corpus.units_per_token(part)
         self._of_tokens = corpus.unit == "token"
 
     def bits(self, nats: float) -> float:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import tyro
 
+from models.buckets import HASHING
 from train.config import Config
 from train.errors import TrainError
+from train.evaluate import read_evaluation
 from train.flops import layer_densities, peak_flops
 from train.folder import expanded, load_config, load_facts
 from train.mesh import axis_sizes
@@ -56,7 +58,8 @@ def report(options: ReportOptions) -> int:
     rows = []
     for name, folder in folders.items():
         device = facts[name].get("device", {}).get("kind", "")
-        rows.append(summary(name, load_config(folder), device, histories[name], unit, options.target))
+        evaluation = read_evaluation(folder)
+        rows.append(summary(name, load_config(folder), device, histories[name], unit, evaluation, options.target))
     compare(rows, histories, unit)
     text = table(rows, unit, options.target)
     out = expanded("out", options.out)
@@ -81,7 +84,13 @@ def report(options: ReportOptions) -> int:
 
 
 def summary(
-    name: str, config: Config, device: str, history: History, unit: str, target: float | None
+    name: str,
+    config: Config,
+    device: str,
+    history: History,
+    unit: str,
+    evaluation: dict[str, Any] | None = None,
+    target: float | None = None,
 ) -> dict[str, Any]:
     """What the table says of a run, and a little more.
 
@@ -91,6 +100,7 @@ def summary(
         device: The kind of device that it ran on.
         history: Its metrics.
         unit: "byte" or "pixel".
+        evaluation: What `python -m train evaluate` found, if it was called.
         target: Held-out bits whose time is asked for.
 
     Returns:
@@ -123,7 +133,9 @@ def summary(
         "held_out_perplexity": _last(history, "held_out_perplexity"),
         "best_held_out_bits": held_out[best],
         "best_held_out_step": held_out_steps[best],
+        "test_bits": evaluation[f"bits_per_{unit}"] if evaluation and evaluation["part"] == "test" else None,
         "density": _density(config, history),
+        "coverage": _coverage(history),
         "tokens_per_second": rate,
         "peak_memory_bytes": max(column(history, "peak_memory_bytes")[1], default=None),
         "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak / devices if flops and peak else None,
@@ -139,7 +151,8 @@ def compare(rows: Sequence[dict[str, Any]], histories: Mapping[str, History], un
         histories: Their metrics, by the name of the run.
         unit: "byte" or "pixel".
     """
-    shortest = min(row["train_seconds"] for row in rows)
+    timed = [row for row in rows if row["attention"] != "identity"] or rows  # a bound is not to be compared with
+    shortest = min(row["train_seconds"] for row in timed)
     for row in rows:
         seconds, bits = column(histories[row["run"]], f"held_out_bits_per_{unit}", "train_seconds")
         row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
@@ -165,10 +178,12 @@ def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> st
         "compile_seconds": ("compiling", "{:,.1f}".format),
         "held_out_bits": (f"held-out bits per {unit}", "{:.4f}".format),
         "best_held_out_bits": ("best", "{:.4f}".format),
+        "test_bits": ("of the test part", "{:.4f}".format),
         "held_out_bits_in_equal_time": (f"after {rows[0]['equal_seconds']:,.0f} s on steps", "{:.4f}".format),
         "held_out_perplexity": ("held-out perplexity", "{:.2f}".format),
         "seconds_to_target": (f"seconds to {target} bits", "{:,.1f}".format),
         "density": ("pairs / dense", "{:.3f}".format),
+        "coverage": ("coverage of buckets", "{:.3f}".format),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
         "speed_up": ("speed-up", "{:.2f}x".format),
         "peak_memory_bytes": ("peak memory, GiB", lambda size: f"{size / 2**30:.2f}"),
@@ -202,12 +217,17 @@ def _unit(histories: Mapping[str, History]) -> str:
 
 
 def _density(config: Config, history: History) -> float:
-    """Allowed pairs over those of dense attention, the mean over layers: of hash layers as last measured, if it was."""
+    """Pairs taken over those of dense attention, the mean over layers; where they hash, as last measured, if it was."""
     densities = layer_densities(config.model, config.data.seq_len)
-    hashed = [layer for layer, kind in enumerate(config.model.layer_kinds()) if kind == "hash"]
+    hashed = [layer for layer, kind in enumerate(config.model.layer_kinds()) if kind in HASHING]
     for layer, measured in zip(hashed, _last(history, "bucket_pairs") or [], strict=False):
         densities[layer] = measured
     return sum(densities) / len(densities)
+
+
+def _coverage(history: History) -> float | None:
+    """The share of the pairs in a bucket that attention took at the last evaluation: the least of the layers."""
+    return min(_last(history, "bucket_coverage") or [], default=None)
 
 
 def _last(history: History, name: str) -> Any:

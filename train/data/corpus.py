@@ -8,7 +8,6 @@ overlap, so no held-out token is ever trained on.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -51,14 +50,13 @@ class Corpus:
         """What people count: "byte", "token" or "pixel"."""
         return self.tokenizer.unit
 
-    @functools.cached_property
-    def held_out_units_per_token(self) -> float:
-        """Bytes a token on the held-out text, a separator counted as one: what a loss is divided by for bits a byte.
+    def units_per_token(self, part: str) -> float:
+        """Bytes a token on a part of the text, a separator counted as one: what a loss is divided by for bits a byte.
 
         1.0 for bytes and pixels.
         """
-        ends = _byte_ends(self.tokenizer, self.held_out.ravel())
-        return max(int(block[-1]) for block in ends) / self.held_out.size
+        tokens = self.part(part)
+        return max(int(block[-1]) for block in _byte_ends(self.tokenizer, tokens.ravel())) / tokens.size
 
     @property
     def facts(self) -> dict[str, str | int]:

@@ -103,7 +103,7 @@ def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Arr
         ...     hashes, gate = scfa_jax.learned_hash(x, rotations)
         ...     output = scfa_jax.hash_sparse_attention(x, x, value * gate[..., None], hashes, num_buckets=8)
         ...     return (output**2).sum()
-        >>> bool((jax.grad(loss)(rotations) != 0).all())
+        >>> bool((jax.jit(jax.grad(loss))(rotations) != 0).all())
         True
     """
     x = jax.lax.stop_gradient(x)

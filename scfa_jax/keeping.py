@@ -34,7 +34,7 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
     Examples:
         >>> import jax, jax.numpy as jnp, scfa_jax
         >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
-        >>> keep = scfa_jax.keep_top(jnp.linalg.norm(key, axis=-1), 0.25)
+        >>> keep = jax.jit(lambda key: scfa_jax.keep_top(jnp.linalg.norm(key, axis=-1), 0.25))(key)
         >>> everything = jnp.ones((1, 1, 1), bool)
         >>> scfa_jax.qk_sparse_attention(query, key, value, everything, keep).shape
         (1, 64, 2, 16)

@@ -21,6 +21,9 @@ _AT_LEAST_1 = (
 )
 
 
+LARGEST = 2**29  # longer than any sequence, and sums of three such numbers fit in int32
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model."""
@@ -113,6 +116,10 @@ class ModelConfig:
             number, least = getattr(self, name), int(name in _AT_LEAST_1)
             if number is not None and number < least:
                 return f"--{name.replace('_', '-')} must be at least {least}, got {number}."
+        for name in (*_AT_LEAST_1, "num_sinks", "num_random", "num_buckets", "drop_warmup"):
+            number = getattr(self, name)
+            if number is not None and number > LARGEST:
+                return f"--{name.replace('_', '-')} must be at most 2**29, got {number}."
         kinds = [kind.strip() for kind in self.attention.split(",")]
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:

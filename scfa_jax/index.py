@@ -146,19 +146,21 @@ def causal_index(
     line = segments.line_up(
         query_segment_ids, key_segment_ids, query_length, key_length, query_offset, implementation, window=windows
     )
+    key_code, high = iota(key_length)[None, None], line.last()
+    is_aligned = key_segment_ids is None and _checks.starts_at_zero(query_offset)
+    all_met = window is None and (isinstance(line, Positions) or is_aligned)
     index = index_in_line(
         line,
         key_place=None,
-        key_code=iota(key_length)[None, None],
+        # Before `index_in_line` gives each head a `high` of its own, which devices may share out.
+        key_code=_up_to(key_code, high) if all_met else key_code,
         query_place=None,
         low=line.first(),
-        high=line.last(),
+        high=high,
     )
-    is_aligned = key_segment_ids is None and _checks.starts_at_zero(query_offset)
     return dataclasses.replace(
         index,
-        key_code=_up_to(index.key_code, index.high),
-        all_met=window is None and (isinstance(line, Positions) or is_aligned),
+        all_met=all_met,
         density=_WINDOWED if window is not None else 1.0 if isinstance(line, Positions) else 0.25,
     )
 

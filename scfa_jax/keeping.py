@@ -11,6 +11,8 @@ from scfa_jax import partitioning
 def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax.Array | None = None) -> jax.Array:
     """Keeps each key whose score is among the top fraction of the scores so far.
 
+    Source: the attention to what is kept is that of Pagliardini et al. 2023 (QK-sparse); the rule is this library's.
+
     The key at position `t` is kept if and only if it is one of the `ceil(fraction * (t + 1))` greatest among the keys
     at positions `0 .. t`; of equal scores the earlier is the greater. It is decided once, from tokens up to `t`, and
     never revised: about `fraction` of the keys are kept where scores do not drift, more where they rise. The first
@@ -32,7 +34,7 @@ def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax
     Examples:
         >>> import jax, jax.numpy as jnp, scfa_jax
         >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
-        >>> keep = scfa_jax.keep_top(jnp.linalg.norm(key, axis=-1), 0.25)
+        >>> keep = jax.jit(lambda key: scfa_jax.keep_top(jnp.linalg.norm(key, axis=-1), 0.25))(key)
         >>> everything = jnp.ones((1, 1, 1), bool)
         >>> scfa_jax.qk_sparse_attention(query, key, value, everything, keep).shape
         (1, 64, 2, 16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from scfa_jax import _checks
 from scfa_jax.hashing import check_hashed
 
 LEAK = 1e-3  # of every token, to every centroid: see `member_sums`
@@ -17,6 +18,8 @@ LEAK = 1e-3  # of every token, to every centroid: see `member_sums`
 
 def random_centroids(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
     """Draws centroids to begin with: random directions, which the first update replaces.
+
+    Source: as of the module, Roy et al. 2021.
 
     Args:
         key: A JAX random key.
@@ -26,7 +29,18 @@ def random_centroids(key: jax.Array, num_heads: int, head_dim: int, num_buckets:
 
     Returns:
         float32 `[N, num_buckets, H]`, rows of unit length.
+
+    Raises:
+        ValueError: `num_buckets` is below 1.
+        TypeError: `num_buckets` is no static integer.
+
+    Examples:
+        >>> import jax
+        >>> from scfa_jax.kmeans import random_centroids
+        >>> random_centroids(jax.random.key(0), num_heads=2, head_dim=16, num_buckets=8).shape
+        (2, 8, 16)
     """
+    _checks.static_int("num_buckets", num_buckets, least=1)
     directions = jax.random.normal(key, (num_heads, num_buckets, head_dim), jnp.float32)
     return directions / jnp.linalg.norm(directions, axis=2, keepdims=True)
 
@@ -34,7 +48,7 @@ def random_centroids(key: jax.Array, num_heads: int, head_dim: int, num_buckets:
 def kmeans_hash(x: jax.Array, centroids: jax.Array) -> jax.Array:
     """Hashes vectors by the centroid at the smallest angle.
 
-    Products are taken in float32 at the highest precision, as in `lsh_hash`.
+    Source: as of the module, Roy et al. 2021. Products are taken in float32 at the highest precision, as in `lsh_hash`.
 
     Args:
         x: float `[..., T, N, H]`; the length of vectors does not matter.
@@ -67,6 +81,8 @@ def kmeans_hash(x: jax.Array, centroids: jax.Array) -> jax.Array:
 def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int) -> jax.Array:
     """Sums the directions of the members of each bucket: what `update_centroids` moves centroids by.
 
+    Source: as of the module, Roy et al. 2021.
+
     Every centroid also gets a thousandth of all tokens (leaky learning, Rumelhart and Zipser 1985): no matter beside
     the members of a bucket that has some, and what leads an empty one to where tokens are.
 
@@ -77,14 +93,32 @@ def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int) -> jax.Array:
 
     Returns:
         float32 `[N, num_buckets, H]`. No gradient flows through it.
+
+    Raises:
+        ValueError: `x` or `ids` have other shapes, or `num_buckets` is below 1.
+        TypeError: `x` does not hold floats, or `num_buckets` is no static integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from scfa_jax.kmeans import member_sums
+        >>> x = jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 5.0]])[None, :, None]
+        >>> member_sums(x, jnp.array([[[0], [1], [1]]]), num_buckets=2).round(1).tolist()
+        [[[1.0, 0.0], [0.0, 2.0]]]
     """
+    _checks.static_int("num_buckets", num_buckets, least=1)
+    if x.ndim != 4 or ids.shape != x.shape[:3]:
+        raise ValueError(f"ids must be [B, T, N] as x is [B, T, N, H], got ids {ids.shape} and x {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must hold floats, got {x.dtype}.")
     unit = _unit(jax.lax.stop_gradient(x).astype(jnp.float32))
     member = (ids[..., None] == jnp.arange(num_buckets)).astype(jnp.float32) + LEAK
     return jnp.einsum("btnm,btnh->nmh", member, unit, precision=jax.lax.Precision.HIGHEST)
 
 
 def update_centroids(centroids: jax.Array, sums: jax.Array, decay: jax.Array | float) -> jax.Array:
-    """Moves centroids after a step.
+    """Moves centroids after a step, in place of an optimizer.
+
+    Source: as of the module, Roy et al. 2021.
 
     Args:
         centroids: float32 `[N, num_buckets, H]` as they stood before the step: moving averages of `sums`, of which only
@@ -94,7 +128,18 @@ def update_centroids(centroids: jax.Array, sums: jax.Array, decay: jax.Array | f
 
     Returns:
         float32 `[N, num_buckets, H]`, those of the next step.
+
+    Raises:
+        ValueError: `sums` has another shape than `centroids`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from scfa_jax.kmeans import update_centroids
+        >>> update_centroids(jnp.ones((1, 1, 2)), jnp.array([[[3.0, 1.0]]]), decay=0.5).tolist()
+        [[[2.0, 1.0]]]
     """
+    if sums.shape != centroids.shape:
+        raise ValueError(f"sums must have the shape of centroids, {centroids.shape}, got {sums.shape}.")
     return decay * centroids + (1 - decay) * sums
 
 

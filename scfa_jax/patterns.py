@@ -166,6 +166,8 @@ def window_and_sinks(
 ) -> list[SparseIndex]:
     """The last `window` positions, and the first `num_sinks` (of each segment) as far as they lie before the window.
 
+    Sources: as of `window_attention`, Beltagy et al. 2020 and Xiao et al. 2023.
+
     Args:
         query_length: Number of queries `T`.
         key_length: Number of keys `S`.
@@ -179,6 +181,12 @@ def window_and_sinks(
     Raises:
         TypeError: As in `causal_index`, or `num_sinks` is no static int.
         ValueError: As in `causal_index`, or `num_sinks` is below 0.
+
+    Examples:
+        >>> import scfa_jax
+        >>> near, sinks = scfa_jax.patterns.window_and_sinks(6, 6, window=2, num_sinks=1)
+        >>> near.low.tolist(), sinks.high.tolist()  # the first key of the window, the last sink before it
+        ([[[0, 0, 1, 2, 3, 4]]], [[[-1, -1, 0, 0, 0, 0]]])
     """
     _checks.static_int("num_sinks", num_sinks, least=0)
     near = causal_index(query_length, key_length, window=window, **options)
@@ -212,6 +220,13 @@ def longformer(
     Raises:
         TypeError: As in `keep_index`.
         ValueError: Likewise.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> is_global = np.array([True, False, False, True, False, False])[:, None]
+        >>> near, to_global, from_global = scfa_jax.patterns.longformer(is_global, is_global, window=2)
+        >>> to_global.key_order.tolist(), from_global.query_order.tolist()  # global ones come first
+        ([[[0, 3, 1, 2, 4, 5]]], [[[0, 3, 1, 2, 4, 5]]])
     """
     query_length, key_length = query_global.shape[-2], key_global.shape[-2]
     every_query = jnp.ones((query_length, 1), bool)
@@ -257,6 +272,14 @@ def big_bird(
     Raises:
         TypeError: As in `causal_index`, or a number is no static int.
         ValueError: Likewise, or a number is too small.
+
+    Examples:
+        >>> import jax, scfa_jax
+        >>> numbers = {"num_global": 4, "num_random": 2, "block": 8}
+        >>> draw = jax.jit(lambda key: scfa_jax.patterns.big_bird(64, 64, 8, key, **numbers))
+        >>> near, to_global, *to_blocks = draw(jax.random.key(0))
+        >>> [int(blocks.high.max() % 8) for blocks in to_blocks]  # each ends with a block
+        [7, 7]
     """
     for name, number in (("window", window), ("num_global", num_global), ("num_random", num_random)):
         _checks.static_int(name, number, least=0)
@@ -342,6 +365,12 @@ def strided(query_length: int, key_length: int, stride: int, **options: Any) -> 
     Raises:
         TypeError: As in `causal_index`, or `stride` is no static int.
         ValueError: Likewise, or `stride` is below 1.
+
+    Examples:
+        >>> import scfa_jax
+        >>> near, column = scfa_jax.patterns.strided(6, 6, stride=3)
+        >>> column.key_order.tolist()  # one column after another
+        [[[0, 3, 1, 4, 2, 5]]]
     """
     _checks.static_int("stride", stride, least=1)
     query_position, key_position = positions(query_length, key_length, options)
@@ -370,6 +399,12 @@ def fixed(query_length: int, key_length: int, stride: int, num_summaries: int = 
     Raises:
         TypeError: As in `causal_index`, or a number is no static int.
         ValueError: Likewise, `stride` is below 1, or `num_summaries` is not in `1 .. stride`.
+
+    Examples:
+        >>> import scfa_jax
+        >>> own, summaries = scfa_jax.patterns.fixed(6, 6, stride=3)
+        >>> summaries.key_order.tolist()  # the last of each block come first
+        [[[2, 5, 0, 1, 3, 4]]]
     """
     check_fixed(stride, num_summaries)
     query_position, key_position = positions(query_length, key_length, options)

@@ -78,6 +78,9 @@ def sparsek_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """SparseK attention: the last tokens, and the `num_keys` earlier ones of the highest scores, gated by them.
 
+    Source: Lou et al. 2024, "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range
+    Transformers".
+
     Positions are cut into chunks of `chunk_size`. The queries of the chunk that begins at position `c` attend
 
     - to all keys from position `c - window + 1` up to their own: the window of the chunk's first query, which grows

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import IMPLEMENTATIONS
 from flax import nnx
 from module_cases import assert_close, outputs_and_gradients, tokens, turned
 
@@ -18,7 +19,7 @@ from scfa_jax.nnx import CausalSelfAttention, KeepTop, KMeansHash, LearnedHash, 
 from scfa_jax.sparsity import normalize
 
 FEATURES, HEADS, LENGTH = 16, 4, 24
-NO_BIAS = {"use_bias": False}
+COMMON = {"rotary": turned, "use_bias": False, "implementation": IMPLEMENTATIONS[0]}
 GROUPED = {"num_key_value_heads": 2, "share_query_key": False}
 KINDS = {
     "learned": (LearnedHash(4), {}),
@@ -33,7 +34,7 @@ each_kind = pytest.mark.parametrize("name", KINDS)
 def case(name: str):
     """The module, what is trained and kept, and `(variables, x, cotangent)` to outputs and gradients."""
     kind, options = KINDS[name]
-    module = CausalSelfAttention(FEATURES, HEADS, sparsity=kind, rotary=turned, **NO_BIAS, **options, rngs=nnx.Rngs(0))
+    module = CausalSelfAttention(FEATURES, HEADS, sparsity=kind, **COMMON, **options, rngs=nnx.Rngs(0))
     graph, params, kept = nnx.split(module, nnx.Param, ...)
     variables = nnx.to_pure_dict(params), nnx.to_pure_dict(kept)
 
@@ -105,29 +106,30 @@ def test_equals_the_dense_definition_and_learns(name):
 
 def linen(name: str):
     kind, options = KINDS[name]
-    options = {"sparsity": kind, "rotary": turned, "deterministic": False, **NO_BIAS, **options}
+    options = {"sparsity": kind, "deterministic": False, **COMMON, **options}
     return scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, **options)
 
 
 @each_kind
-def test_linen_trains_and_keeps_the_same(name):
-    _, params, kept, _ = case(name)
+def test_linen_keeps_and_computes_the_same(name):
+    _, params, kept, results = case(name)
+    variables = {"params": params, **({"sparsity": kept} if kept else {})}
     keys = {"params": jax.random.key(0), "sparsity": jax.random.key(1)}
-    made = jax.eval_shape(linen(name).init, keys, tokens())
-    chex.assert_trees_all_equal_shapes_and_dtypes(made, {"params": params, **({"sparsity": kept} if kept else {})})
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(linen(name).init, keys, tokens()), variables)
+    outputs = jax.jit(linen(name).clone(deterministic=True).apply)(variables, tokens())
+    assert_close(outputs, results(params, kept, tokens(), tokens(1))[0])
 
 
-def test_linen_computes_the_same_and_centroids_get_sums_for_a_gradient():
+def test_centroids_in_linen_get_sums_for_a_gradient():
     name = "k-means, grouped own keys"
     _, params, kept, results = case(name)
 
     @jax.jit
     def by_variables(variables, x, cotangent):
-        return jax.value_and_grad(lambda variables: jnp.sum(linen(name).apply(variables, x) * cotangent))(variables)
+        return jax.grad(lambda variables: jnp.sum(linen(name).apply(variables, x) * cotangent))(variables)
 
-    value, gradients = by_variables({"params": params, "sparsity": kept}, tokens(), tokens(1))
-    outputs, (expected, _) = results(params, kept, tokens(), tokens(1))
-    np.testing.assert_allclose(value, jnp.sum(outputs * tokens(1)), rtol=1e-5)
+    gradients = by_variables({"params": params, "sparsity": kept}, tokens(), tokens(1))
+    _, (expected, _) = results(params, kept, tokens(), tokens(1))
     assert_close(gradients["params"], expected)
 
     @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import io
 import os
 import resource
@@ -195,9 +196,9 @@ def _interrupt(monkeypatch):
 
 def _full_disk(monkeypatch):
     def no_space(path, content):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write does not name the file
 
-    monkeypatch.setattr(np, "save", no_space)
+    monkeypatch.setattr(Path, "write_bytes", no_space)
 
 
 @pytest.mark.parametrize(("fail", "expected"), [(_interrupt, KeyboardInterrupt), (_full_disk, TrainError)])
@@ -226,10 +227,18 @@ def small_disk():
 
 def test_a_write_that_fails_is_one_line_with_a_remedy(path, options, small_disk):
     with pytest.raises(
-        TrainError, match=r"cache.* cannot be written \(File too large\)\. Make room.*--cache"
+        TrainError, match=r"tokens\.npy cannot be written \(File too large\)\. Make room.*--cache"
     ) as raised:
         load(path, **options)
     assert "\n" not in str(raised.value)
+    assert entries(options) == []
+
+
+def test_the_file_that_found_no_room_is_named(options, tmp_path, small_disk):
+    path = tmp_path / "text.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 300))  # 600 tokens of 2 bytes, and 300 starts of 8
+    with pytest.raises(TrainError, match=r"starts\.npy cannot be written \(File too large\)\. Make"):
+        load(path, **options)
     assert entries(options) == []
 
 
@@ -239,7 +248,7 @@ def test_the_command_line_says_it_in_one_line(path, options, monkeypatch, tmp_pa
     assert main([f"--data={path}", *(f"--{name}={value}" for name, value in options.items())]) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("error: ")
-    assert "No space left on device" in complaint
+    assert "starts.npy cannot be written (No space left on device). Make room there" in complaint
     assert complaint.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 

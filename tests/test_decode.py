@@ -13,7 +13,7 @@ import pytest
 from conftest import IMPLEMENTATIONS
 from flax import linen as nn
 from flax import nnx
-from tolerance import plain_attention, summed_terms
+from tolerance import plain_attention, rounded_terms
 
 import scfa_jax.linen
 import scfa_jax.nnx
@@ -143,8 +143,8 @@ def test_tokens_in_parts_are_as_exact_as_plain_attention_to_all(name, dtype):
     np.testing.assert_array_equal(got[empty], 0)
     # The rule of `tolerance`.
     nothing = np.zeros(whole["query"].shape), np.zeros((BATCH, LENGTH, HEADS))
-    rounding = float(jnp.finfo(dtype).eps + jnp.finfo(jnp.float32).eps)
-    floor = rounding * summed_terms(*arrays, mask, *nothing)[0]
+    _, (summed, *_) = rounded_terms(*arrays, mask, *nothing)
+    floor = float(jnp.finfo(dtype).eps) / 2 * np.max(np.abs(exact)) + 2 * jnp.finfo(jnp.float32).eps * np.max(summed)
     plain_error = np.max(np.abs(plain - exact)[~empty])
     assert np.max(np.abs(got - exact)) <= 2 * plain_error + floor
 

@@ -11,14 +11,25 @@ from test_package import PUBLIC
 import scfa_jax
 import scfa_jax.linen
 import scfa_jax.nnx
-from scfa_jax import attention_fn, sparsity
+from scfa_jax import attention_fn, kmeans, sparsity
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
-OPERATORS = {name: getattr(scfa_jax, name) for name in sorted(PUBLIC) if not inspect.ismodule(getattr(scfa_jax, name))}
+PACKAGE = {name: getattr(scfa_jax, name) for name in sorted(PUBLIC)}
+OPERATORS = {name: thing for name, thing in PACKAGE.items() if not inspect.ismodule(thing)}
+# Modules of functions, with their own ones; `reference` repeats operators.
+MODULES = {name: thing for name, thing in PACKAGE.items() if inspect.ismodule(thing) and name != "reference"}
+HELPERS = {"patterns.check_fixed", "patterns.positions", "patterns.random_blocks", "remat.named_index"}
+OPERATORS |= {
+    f"{module}.{name}": function
+    for module, thing in {**MODULES, "kmeans": kmeans}.items()
+    for name, function in inspect.getmembers(thing, inspect.isfunction)
+    if function.__module__ == thing.__name__ and not name.startswith("_")
+    if name not in OPERATORS and f"{module}.{name}" not in HELPERS
+}
 FLAX = {
     "nnx.CausalSelfAttention": scfa_jax.nnx.CausalSelfAttention,
     "linen.CausalSelfAttention": scfa_jax.linen.CausalSelfAttention,
@@ -34,6 +45,13 @@ FLAX = {
     "qk_attention_fn": attention_fn.qk_attention_fn,
 }
 DOCUMENTED = OPERATORS | FLAX
+# Of no paper: what patterns are made of, and what is this library's own.
+WITHOUT_SOURCE = {
+    *("BlockSizes", "SparseIndex", "Tile", "causal_index", "hash_index", "keep_index", "range_index"),
+    *("range_attention", "sparse_attention", "union_attention"),
+    *("causal_attention_fn", "hash_attention_fn", "qk_attention_fn"),
+    *("learned_hash", "LearnedHash", "permutation_hash", "PermutationHash"),
+}
 WITH_EXAMPLE = OPERATORS | {name: FLAX[name] for name in ("nnx.CausalSelfAttention", "linen.CausalSelfAttention")}
 
 
@@ -54,10 +72,15 @@ def test_examples_of_docstrings_run(name):
 def test_docstrings_name_every_argument(name):
     thing = DOCUMENTED[name]
     section = re.search(r"(?:Args|Attributes):\n(.*?)(?:\n\n|\Z)", inspect.getdoc(thing), re.DOTALL)
-    documented = re.findall(r"^    (\w+):", section[1], re.MULTILINE)
+    documented = re.findall(r"^    \*{0,2}(\w+):", section[1], re.MULTILINE)
     signature = inspect.signature(thing.__init__ if inspect.isclass(thing) else thing)
     # A linen module has two more fields, which Flax itself explains.
     assert documented == [p for p in signature.parameters if p not in ("self", "parent", "name")]
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name not in WITHOUT_SOURCE])
+def test_docstrings_name_their_source(name):
+    assert re.search(r"\bSources?: .*?\b(19|20)\d\d\b", inspect.getdoc(DOCUMENTED[name]), re.DOTALL)
 
 
 @pytest.mark.parametrize("name", [n for n, thing in DOCUMENTED.items() if inspect.isfunction(thing)])

@@ -78,3 +78,12 @@ def test_wrong_arguments_are_named(x):
         kmeans_hash(x, jnp.ones((2, 5, 8)))
     with pytest.raises(TypeError, match="x must hold floats, got int32"):
         kmeans_hash(x.astype(jnp.int32), jnp.ones((3, 5, 8)))
+    with pytest.raises(ValueError, match="num_buckets must be at least 1, got 0"):
+        random_centroids(jax.random.key(0), 3, 8, 0)
+    ids = np.zeros(x.shape[:3], np.int32)
+    with pytest.raises(ValueError, match=r"ids must be \[B, T, N\].* got ids \(9, 3\) and x \(2, 9, 3, 8\)"):
+        member_sums(x, ids[0], 5)
+    with pytest.raises(TypeError, match="x must hold floats, got int32"):
+        member_sums(x.astype(jnp.int32), ids, 5)
+    with pytest.raises(ValueError, match=r"sums must have the shape of centroids, \(3, 5, 8\), got \(3, 4, 8\)"):
+        update_centroids(jnp.ones((3, 5, 8)), jnp.ones((3, 4, 8)), 0.9)

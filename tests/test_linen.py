@@ -159,26 +159,6 @@ def test_only_hash_mode_keeps_a_variable_and_it_is_no_parameter():
         assert "rotations" not in variables["params"]
 
 
-def test_layers_can_be_scanned():
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x + layer(KINDS["hash"], deterministic=False)(x), None
-
-    blocks = nn.scan(
-        Block,
-        variable_axes={"params": 0, "sparsity": 0},
-        split_rngs={"params": True, "sparsity": True},
-        length=2,
-    )()
-    variables = jax.jit(blocks.init)({"params": SEED, "sparsity": SEED}, tokens())
-    (rotations,) = jax.tree.leaves(variables["sparsity"])
-    assert not np.array_equal(*rotations)
-    outputs, _ = jax.jit(blocks.apply)(variables, tokens(), rngs={"sparsity": SEED})
-    assert outputs.shape == tokens().shape
-    assert np.all(np.isfinite(outputs))
-
-
 def test_an_odd_number_of_buckets_raises():
     with pytest.raises(ValueError, match="num_buckets"):
         initialised(layer(Hash(5)))

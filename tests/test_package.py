@@ -1,6 +1,7 @@
 """What `import scfa_jax` brings, and what it must not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ PUBLIC = {
     "range_index",
     "reference",
     "remat",
+    "sharding",
     "sparse_attention",
     "union_attention",
     "window_attention",
@@ -44,6 +46,7 @@ PUBLIC = {
 
 
 def test_every_public_name_is_there_and_documented():
+    assert set(re.findall(r" as (\w+)$", Path(scfa_jax.__file__).read_text(), re.MULTILINE)) == PUBLIC
     for name in PUBLIC:
         assert getattr(scfa_jax, name).__doc__, name
 

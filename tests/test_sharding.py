@@ -14,14 +14,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import scfa_jax
-from scfa_jax import reference
+from scfa_jax import reference, sparsity
 from scfa_jax.kmeans import member_sums, random_centroids, update_centroids
 from scfa_jax.sharding import to_heads, to_sequence
+from scfa_jax.sparsity import BigBird
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 
 COLLECTIVE = re.compile(r" = .*\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 IMPLEMENTATION = None if HAS_GPU else "xla"
+HOW = {"implementation": IMPLEMENTATION, "block_sizes": SMALL_BLOCKS}
 ON_HEADS = P("data", None, "model")
 SHAPE = Shape(2, 40, 40, 8, 4, 16)
 SIZES = next(sizes for sizes in ((2, 4), (2, 2), (1, 2), (1, 1)) if sizes[0] * sizes[1] <= jax.device_count())
@@ -111,6 +113,39 @@ def test_each_device_attends_to_its_own_part(kind, pattern):
     assert all(x.sharding.is_equivalent_to(arrays[0].sharding, 4) for x in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize(("kind", "num_sinks"), [(AxisType.Auto, 2), (AxisType.Explicit, 0)])
+def test_windows_of_each_head_on_parts(kind, num_sinks):
+    """In segments, with sinks and without."""
+    mesh, case = mesh_of(kind), segmented(case_of("causal"))
+    arrays, windows = (case.query, case.key, case.value), jnp.arange(3, 3 + SHAPE.heads, dtype=jnp.int32)
+    ids = [case.options[f"{side}_segment_ids"] for side in ("query", "key")]
+    windowed = with_segments(partial(scfa_jax.window_attention, num_sinks=num_sinks, **HOW))
+    given = *(sharded(mesh, x) for x in arrays), *(sharded(mesh, x, P("data")) for x in ids)
+    got, collectives = run(mesh, windowed, *given, sharded(mesh, windows, P("model")))
+
+    position, of_key = np.arange(SHAPE.query_length), np.asarray(ids[1])
+    is_earlier = (of_key[:, :, None] == of_key[:, None]) & (position < position[:, None])
+    is_sink = np.sum(is_earlier, axis=-1) < num_sinks  # the first of its segment
+    is_near = position[:, None] - position < np.asarray(windows)[:, None, None]
+    mask = np.asarray(case.mask) & (is_near | is_sink[:, None, None])
+    assert_close(got, jax.jit(reference.attention)(*arrays, mask)[0])
+    assert not collectives
+
+
+def test_unions_on_parts():
+    """A window, global tokens and random blocks of each head, on explicit axes, where types must fit each other."""
+    mesh, case = mesh_of(AxisType.Explicit), case_of("causal")
+    pattern = BigBird(5, num_global=2, num_random=1, block=4)
+    arrays, position = (case.query, case.key, case.value), np.arange(SHAPE.query_length)
+    attend = partial(sparsity.attend, sparsity=pattern, implementation=IMPLEMENTATION)
+    got, collectives = run(mesh, attend, *(sharded(mesh, x) for x in arrays))
+    head = np.arange(SHAPE.heads).reshape(1, -1, 1, 1, 1)
+    mask = jax.jit(pattern.mask)({"head": head}, {}, position[:, None], position)
+    mask = np.broadcast_to(mask, (1, SHAPE.heads, 1, *case.mask.shape[2:]))[:, :, 0]
+    assert_close(got, jax.jit(reference.attention)(*arrays, mask)[0])
+    assert not collectives
+
+
 @pytest.mark.skipif(HAS_GPU, reason="for the interpreter")
 def test_kernels_run_on_each_devices_part():
     mesh, case = mesh_of(AxisType.Auto), case_of("hash")
@@ -168,7 +203,7 @@ def test_one_index_for_all_heads_and_batch_elements():
         return scfa_jax.sparse_attention(query, key, value, index, implementation=IMPLEMENTATION)
 
     got, collectives = run(mesh, attend, *(sharded(mesh, x) for x in (case.query, case.key, case.value)))
-    want = case.dense(case.query, case.key, case.value, query_hash, key_hash)
+    want = jax.jit(case.dense)(case.query, case.key, case.value, query_hash, key_hash)
     assert_close(got, want)
     assert not collectives
 

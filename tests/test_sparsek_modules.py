@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import IMPLEMENTATIONS
 from flax import nnx
 from module_cases import BATCH, FEATURES, HEADS, LENGTH, SEED, assert_close, tokens, turned
 
@@ -16,7 +17,7 @@ from scfa_jax import reference
 from scfa_jax.nnx import SparseK
 
 KIND = SparseK(num_keys=3, window=4, chunk_size=5, slope=0.05)
-OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned}
+OPTIONS = {"num_key_value_heads": 2, "sparsity": KIND, "rotary": turned, "implementation": IMPLEMENTATIONS[0]}
 
 
 @functools.cache
@@ -108,7 +109,13 @@ def test_linen_is_the_same_layer():
 def test_the_language_model_has_it():
     sizes = {"sparsek_keys": 3, "sparsek_window": 5, "sparsek_chunk": 7, "sparsek_slope": 0.1}
     config = ModelConfig(attention="sparsek", layers=1, width=16, heads=2, dtype="float32", **sizes)
-    model = nnx.eval_shape(lambda: Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0)))
+
+    def build_and_run():
+        model = Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0))
+        return model, model(jnp.zeros((1, 8), jnp.int32))
+
+    model, logits = nnx.eval_shape(build_and_run)
+    assert logits.shape == (1, 8, 8)
     assert model.blocks[0].attention.sparsity == SparseK(3, 5, 7, slope=0.1)
 
 

@@ -14,7 +14,6 @@ from jax.extend.core import jaxprs_in_params
 from test_index import as_mask
 
 import scfa_jax.linen
-import scfa_jax.nnx
 from models import ModelConfig, Transformer
 from models.config import STATIC_KINDS
 from scfa_jax import patterns
@@ -95,26 +94,32 @@ def test_a_step_reads_only_the_window_and_the_sinks():
     assert not any(room in shape for shape in found)
 
 
-def test_models_take_every_kind():
+def model_of(attention: str, layers: int) -> Transformer:
     config = ModelConfig(
-        **{"attention": ",".join(STATIC_KINDS), "layers": 5, "width": 32, "heads": 2, "dtype": "float32"},
+        **{"attention": attention, "layers": layers, "width": 32, "heads": 2, "dtype": "float32"},
         **{"window": 3, "num_sinks": 2, "stride": 5, "num_summaries": 2, "num_random": 1, "random_block": 3},
     )
-    model = Transformer(config, vocab_size=40, max_length=LENGTH, rngs=nnx.Rngs(0))
+    return Transformer(config, vocab_size=40, max_length=LENGTH, rngs=nnx.Rngs(0))
+
+
+def test_models_take_every_kind():
+    model = model_of(",".join(STATIC_KINDS), layers=5)
     kinds = [block.attention.sparsity for block in model.blocks]
     assert kinds == [Window(3, 2), Longformer(3, 5), BigBird(3, 2, 1, 3, seed=2), Strided(5), Fixed(5, 2)]
     pairs = sum(kind.pairs(LENGTH) for kind in kinds)
-    dense = dataclasses.replace(config, attention="identity")
-    assert model_flops(config, {}, 1, LENGTH) - model_flops(dense, {}, 1, LENGTH) == 12 * pairs * 32
+    dense = dataclasses.replace(model.config, attention="identity")
+    assert model_flops(model.config, {}, 1, LENGTH) - model_flops(dense, {}, 1, LENGTH) == 12 * pairs * 32
 
 
-@pytest.mark.parametrize("module", ["nnx", "linen"])
-def test_later_tokens_change_nothing_and_receive_no_gradient(module):
+@pytest.mark.parametrize("kind", ["windows of heads, in linen", *(kind for kind in STATIC_KINDS if kind != "window")])
+def test_later_tokens_change_nothing_and_receive_no_gradient(kind, one_implementation):
     x, later = jax.random.normal(jax.random.key(0), (2, 1, LENGTH, 32))
-    if module == "nnx":
-        apply = nnx.jit(scfa_jax.nnx.CausalSelfAttention(32, 2, sparsity=Window((3, 7)), rngs=nnx.Rngs(0)))
+    if kind in STATIC_KINDS:
+        apply = model_of(kind, layers=1).blocks[0].attention
+        apply.implementation = one_implementation
     else:
-        layer = scfa_jax.linen.CausalSelfAttention(32, 2, sparsity=Window((3, 7)))
+        options = {"sparsity": Window((3, 7), num_sinks=2), "implementation": one_implementation}
+        layer = scfa_jax.linen.CausalSelfAttention(32, 2, **options)
         apply = functools.partial(layer.apply, jax.jit(layer.init)(jax.random.key(1), x))
     first = jax.jit(jax.value_and_grad(lambda x: jnp.sum(apply(x)[:, :15] ** 2)))
     value, gradient = first(x)

@@ -22,7 +22,7 @@ import train.run
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.data import load_corpus, training_batches
-from train.folder import load_config
+from train.folder import commit, load_config
 from train.loop import compile_steps
 from train.step import init
 
@@ -135,6 +135,7 @@ def test_a_run_leaves_its_record_a_plot_a_sample_and_a_checkpoint(start, tmp_pat
     assert config["versions"].keys() >= {"python", "jax", "flax", "optax"}
     assert config["device"]["platform"] == jax.default_backend()
     assert config["corpus"]["name"] == "text.txt"
+    assert config["commit"] == commit()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "99 bot" in (folder / "sample.txt").read_text()
     held_out = [record for record in records(folder) if "held_out_loss" in record]
@@ -271,13 +272,20 @@ def test_names_and_prompts_may_hold_anything(start, fake_steps, text, tmp_path):
     assert "--- prompt\n\ufffd\n" in (tmp_path / "run" / "sample.txt").read_text()
 
 
-def test_ctrl_c_outside_training_is_one_line_and_the_run_can_still_be_resumed(start, fake_steps, monkeypatch, capsys):
+def test_ctrl_c_or_sigterm_outside_training_is_one_line_and_the_run_can_still_be_resumed(
+    start, fake_steps, monkeypatch, capsys
+):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.run, "compile_steps", interrupt)
     assert start(attention="dense", width=18, heads=3) == 128 + signal.SIGINT
     assert capsys.readouterr().err.count("\n") == 1
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train.run, "compile_steps", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    assert main(["--resume"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.startswith("interrupted: ")
+    assert signal.getsignal(signal.SIGTERM) is handler
     fake_steps(1.0)
     assert main(["--resume", "--heads=3"]) == 0  # which does not fit the width that is the default
     assert "no checkpoint was written yet: starting from step 0" in capsys.readouterr().out
@@ -291,6 +299,20 @@ def test_a_full_disk_at_the_start_leaves_nothing_half_written(start, tmp_path, m
     assert start(out=tmp_path / "run") == 2
     assert "cannot be written (No space left on device). Choose another folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("taken", ["loss.png", "sample.txt"])
+def test_a_plot_or_a_sample_that_cannot_be_written_takes_no_more_with_it(taken, start, fake_steps, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / taken).mkdir(parents=True)
+    fake_steps(1.0)
+    assert start(attention="dense", out=folder) == 2
+    captured = capsys.readouterr()
+    assert "goes on:" in captured.out
+    assert captured.out.splitlines()[-1].startswith("held-out 1.443 bits per byte at step 12 of 12")
+    assert f"{folder / taken} cannot be written (Is a directory)" in captured.err
+    assert captured.err.count("\n") == 1
+    assert (folder / "sample.txt").is_file() == (taken == "loss.png")
 
 
 @pytest.mark.parametrize(

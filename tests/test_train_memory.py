@@ -62,6 +62,7 @@ def test_a_model_that_does_not_fit_at_all(start, tmp_path, capsys, monkeypatch):
         (SAID, ", asked for 16.00 GiB more. Buy more."),
         ("RESOURCE_EXHAUSTED: Failed to allocate 2.50GiB (2684354560 bytes)", ", asked for 2.50 GiB more. Buy more."),
         ("RESOURCE_EXHAUSTED: no room", ". Buy more."),
+        ("INTERNAL: Error: Out of memory allocating 1073741824 bytes.", ", asked for 1.00 GiB more. Buy more."),
     ],
 )
 def test_what_was_asked_for_is_told_if_it_is_known(said, told):

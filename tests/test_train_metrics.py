@@ -13,6 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 from train.errors import TrainError
 from train.metrics import Clock, Metrics, Units, read_metrics
 
+DAMAGED = ('{"step": [1], "seconds": 1}\n', '{"step": 1, "loss": 2}\n', '{"step": 1, "seconds": 2, "loss": "low"}\n')
+
 
 def events(folder) -> list[Event]:
     """What TensorBoard reads: records of a length, its checksum, an event and its checksum."""
@@ -95,7 +97,7 @@ def test_losses_are_told_in_bits_of_what_people_count(unit, per_token, bits, per
     assert units.held_out(nats) == {**held_out, "held_out_perplexity": perplexity and pytest.approx(perplexity)}
 
 
-@pytest.mark.parametrize("content", [None, "", "[]\n", '{"loss": 1}\n'])
+@pytest.mark.parametrize("content", [None, "", "[]\n", '{"loss": 1}\n', *DAMAGED])
 def test_a_folder_without_metrics_says_so(content, tmp_path):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)

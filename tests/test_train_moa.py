@@ -36,6 +36,13 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
     assert PLAN.density(16) == pytest.approx((1 + (136 - 45 + 17) / 136) / 2)
 
 
+def test_a_plan_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(TrainError, match=r"plan\.json cannot be written \(Is a directory\)\. Name another file"):
+        save_plan(tmp_path / "plan.json", PLAN, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -133,11 +140,19 @@ UNPLANNED = {
     "run --sinks=-1": "--sinks must not be negative",
     "run --out=plan.txt": "--out must end in .json, got plan.txt",
     "run --data=absent.txt": "absent.txt",
+    "run --out=run/config.json/plan.json": "config.json/plan.json cannot be written (",
+    "run --out=taken.json": "taken-uniform.json cannot be written (Is a directory). Name another file",
 }
 
 
-def test_what_cannot_be_planned_is_one_line(trained, monkeypatch, capsys):
-    even = lambda model, state, corpus, data, *rest: np.ones((1, 3, 2, data.seq_len))
+def test_what_cannot_be_planned_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    profiled = []
+
+    def even(model, state, corpus, data, *rest):
+        profiled.append(data.seq_len)
+        return np.ones((1, 3, 2, data.seq_len))
+
+    (tmp_path / "taken-uniform.json").mkdir()
     monkeypatch.setattr(train.moa.command, "profile", even)
     for arguments, message in UNPLANNED.items():
         assert main(["moa", *arguments.split()]) == 2
@@ -145,6 +160,9 @@ def test_what_cannot_be_planned_is_one_line(trained, monkeypatch, capsys):
         assert complaint.startswith("error: ")
         assert message in complaint
         assert complaint.count("\n") == 1
+        assert bool(profiled) == ("--density 0.01" in message)  # what lies in files and options is found before
+        profiled.clear()
+    assert not list(tmp_path.glob("**/*.part"))
 
 
 def test_a_run_without_queries_and_keys_of_its_own_is_refused(start, fake_steps, tmp_path, capsys):

@@ -9,10 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from models import PRESETS
+from models import PRESETS, ModelConfig
 from train.__main__ import main
-from train.folder import latest_run, new_run_folder
+from train.config import Config, DataConfig, problem
+from train.errors import TrainError
+from train.folder import latest_run, load_config, new_run_folder, save_config
 from train.options import parse
+
+LARGE = ("stride", "random-block", "num-sinks", "sparsek-keys", "drop-warmup")
 
 
 def test_options_reach_the_model(monkeypatch):
@@ -66,6 +70,52 @@ def test_resuming_nothing_says_so(arguments, message, tmp_path, monkeypatch, cap
         (tmp_path / name / "config.json").write_text(content)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+DAMAGED = {
+    '"layers": 4': ('"layers": "4"', "layers: str is not an instance of int"),
+    '"steps": 600': ('"steps": "a"', "steps: str is not an instance of int"),
+    '"seq_len": 256': ('"seq_len": null', "seq_len: None is not an instance of int"),
+    '"batch_size": 8': ('"batch_size": 0', "--batch-size must be at least 1, got 0"),
+    '"window_rules": null': ('"window_rules": [[3]]', "window_rules: "),
+    '"corpus": {}': ('"corpus": null', "run/config.json holds no options of a run"),
+    '"device": {}': ('"device": null', "run/config.json holds no options of a run"),
+}
+
+
+def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    save_config(tmp_path / "run", Config(), {"corpus": {}, "device": {}})
+    whole = (tmp_path / "run" / "config.json").read_text()
+    assert load_config(tmp_path / "run").model == Config().model
+    for part, (damaged, message) in DAMAGED.items():
+        assert whole.count(part) == 1
+        (tmp_path / "run" / "config.json").write_text(whole.replace(part, damaged))
+        assert main(["--resume", "--out=run"]) == 2
+        complaint = capsys.readouterr().err
+        assert complaint.startswith("error: run/config.json ")
+        assert message in complaint
+        assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *((f"--{name}={2**29 + 1}", f"--{name} must be at most 2**29, got {2**29 + 1}") for name in LARGE),
+        ("--attention=reformer --num-buckets=8388608", "--num-buckets times --seq-len + 1 must be below 2**31"),
+    ],
+)
+def test_numbers_past_int32_are_refused(arguments, message):
+    with pytest.raises(TrainError) as raised:
+        parse(arguments.split())
+    assert message in str(raised.value)
+
+
+def test_cudnn_takes_no_separate_documents():
+    data = DataConfig(documents="separate")
+    assert "does not go with --documents separate" in problem(Config(ModelConfig(attention="hash,dense-cudnn"), data))
+    assert problem(Config(ModelConfig(attention="dense"), data)) is None
 
 
 @pytest.mark.parametrize(

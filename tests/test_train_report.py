@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 
 import pytest
 
+import train.report
 from models import ModelConfig
 from train.__main__ import main
 from train.config import Config, DataConfig
@@ -113,6 +117,19 @@ def test_records_of_earlier_versions_can_be_reported(tmp_path, capsys):
     assert "| old | hash | 40 | 8,000 | 45.0 | 45.0 |" in capsys.readouterr().out
 
 
+def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path, monkeypatch, capsys):
+    """As `head` does; `sys.stdout` is a file here, since what stands in its buffer is written when Python ends."""
+    made_up(tmp_path / "a", seconds_a_step=0.5, attention="dense")
+    for name in ("plot_losses", "plot_speed_and_buckets"):
+        monkeypatch.setattr(train.report, name, lambda *arguments: None)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["report", "a"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +138,7 @@ def test_records_of_earlier_versions_can_be_reported(tmp_path, capsys):
         (["bare"], "metrics.jsonl holds no metrics"),
         (["young"], "young has no training loss in its metrics"),
         (["text", "images"], "Runs on text and on images cannot be compared (text per byte, images per pixel)"),
+        (["images"], "images/evaluation.json cannot be read (Expecting"),
         (["text", "--out=text/metrics.jsonl"], "text/metrics.jsonl cannot be written (File exists)"),
     ],
 )
@@ -130,6 +148,7 @@ def test_what_cannot_be_reported_is_one_line(arguments, message, tmp_path, capsy
     for name in ("bare", "young"):
         (tmp_path / name).mkdir()
         save_config(tmp_path / name, dataclasses.replace(Config()), {})
+    (tmp_path / "images" / "evaluation.json").write_text('{"part": ')
     line = {"step": 0, "seconds": 0.0, "held_out_loss": 5.0, "held_out_bits_per_byte": 8.0}
     (tmp_path / "young" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert main(["report", *arguments]) == 2

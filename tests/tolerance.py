@@ -9,7 +9,7 @@ from benchmarks.tolerance import NAMES, dense_results, plain_attention, problems
 
 __all__ = ["NAMES", "assert_as_exact_as_plain", "cotangents", "plain_attention", "results_and_gradients"]
 
-summed_terms = jax.jit(tolerance.summed_terms, static_argnames="scale")
+rounded_terms = jax.jit(tolerance.rounded_terms, static_argnames="scale")
 
 
 def cotangents(rng: np.random.Generator, query):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from train.processes import leave
 from train.report import ReportOptions, report
 from train.run import run
 from train.sample import SampleOptions, sample_run
+from train.stop import Terminated, sigterm_like_ctrl_c
 
 # Commands beside training: what their options are and what does them.
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
@@ -48,18 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments and arguments[0] in COMMANDS:
-            name = arguments.pop(0)
-            options, command = COMMANDS[name]
-            return command(tyro.cli(options, args=arguments, prog=f"python -m train {name}"))
-        return run(parse(arguments))
+        with sigterm_like_ctrl_c():
+            if arguments and arguments[0] in COMMANDS:
+                name = arguments.pop(0)
+                options, command = COMMANDS[name]
+                return command(tyro.cli(options, args=arguments, prog=f"python -m train {name}"))
+            return run(parse(arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(2)
-    except KeyboardInterrupt:
-        # Training itself stops with a checkpoint; this is before it, after it, or a second Ctrl-C.
+    except KeyboardInterrupt as interruption:
+        # Training itself stops with a checkpoint; this is before it, after it, or a second signal.
         print("interrupted: python -m train --resume continues from the last checkpoint, if any", file=sys.stderr)
-        return leave(128 + signal.SIGINT)
+        return leave(128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT))
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `head` has. What is still to be written when Python ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave(128 + signal.SIGPIPE)
 
 
 def _without_late_writes(unraisable: Any) -> None:

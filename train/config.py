@@ -112,7 +112,7 @@ class Config:
 
 
 def problem(config: Config) -> str | None:
-    """What is wrong with the options of data, optimizer and run, in one line; None if nothing is."""
+    """What is wrong with the options of data, optimizer and run, or does not go together; None if nothing is."""
     data, optimizer, run = config.data, config.optimizer, config.run
     at_least_one = {
         "seq-len": data.seq_len,
@@ -150,6 +150,11 @@ def problem(config: Config) -> str | None:
         return f"--accumulate must divide --batch-size, got {optimizer.accumulate} for {data.batch_size} sequences."
     if optimizer.seed >= 2**32:
         return f"--seed must be below 2**32, got {optimizer.seed}."
+    kinds, buckets = config.model.layer_kinds(), config.model.num_buckets
+    if "dense-cudnn" in kinds and data.documents == "separate":
+        return "--attention dense-cudnn does not go with --documents separate. Take dense."
+    if "reformer" in kinds and buckets * (data.seq_len + 1) >= 2**31:
+        return f"--num-buckets times --seq-len + 1 must be below 2**31 in reformer layers, got {buckets} buckets."
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
     return None

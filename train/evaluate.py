@@ -14,6 +14,7 @@ import tyro
 
 from train.data import load_corpus
 from train.errors import TrainError
+from train.files import cannot_be, write_whole
 from train.folder import expanded, load_config
 from train.loop import evaluate
 from train.memory import out_of_memory_in_one_line
@@ -72,7 +73,10 @@ def evaluate_run(options: EvaluateOptions) -> int:
         "loss": loss,
         f"bits_per_{units.name}": units.bits(loss),
     }
-    _write(folder / EVALUATION_FILE, found)
+    try:
+        write_whole(folder / EVALUATION_FILE, json.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        raise cannot_be("written", folder / EVALUATION_FILE, error, "Make room or mend its folder.") from None
     bits = f"{units.bits(loss):.4f} bits per {units.name}"
     print(f"{options.part}: {bits}, {options.checkpoint} checkpoint, step {found['step']}")
     return 0
@@ -83,16 +87,17 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
     Args:
         folder: The run's folder.
+
+    Raises:
+        TrainError: It is damaged.
     """
     path = folder / EVALUATION_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part")
     try:
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainError(f"{path} cannot be written ({error.strerror}). Make room or mend its folder.") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no evaluation")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{path} cannot be read ({error}). Make it anew with python -m train evaluate.") from None
+    return found

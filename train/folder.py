@@ -9,19 +9,23 @@ import json
 import os
 import platform
 import subprocess
+import typing
 from pathlib import Path
 from typing import Any
 
 import jax
+import typeguard
 
 from models import ModelConfig
-from train.config import Config, DataConfig, OptimizerConfig, RunConfig
+from train.config import Config, DataConfig, OptimizerConfig, RunConfig, problem
 from train.data import Corpus
 from train.errors import TrainError
+from train.files import cannot_be, write_whole
 from train.processes import first_does
 
 CONFIG_FILE = "config.json"
 RUNS_FOLDER = Path("runs")
+SECTIONS = ("config", "corpus", "versions", "device")  # of the file
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -59,16 +63,17 @@ def _make_folder(config: Config, corpus: Corpus) -> Path:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # it is empty, unless it held something before
         name = error.filename or config.run.out
-        raise TrainError(f"{name} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+        raise cannot_be("written", name, error, "Choose another folder with --out.") from None
     return folder
 
 
 def facts_of(corpus: Corpus) -> dict[str, Any]:
-    """What was read, and the versions and the device that it is read with."""
+    """What was read, and the commit, the versions and the device that it is read with."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "corpus": corpus.facts,
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **versions},
         "device": {
             "platform": device.platform,
@@ -105,15 +110,9 @@ def _changed(old: dict[str, Any], new: dict[str, Any], config: Config) -> str:
 
 
 def save_config(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Writes `config.json`: the options, and `facts` about the data, the versions and the device."""
+    """Writes `config.json`: the options, and `facts` about the data, the program and the device."""
     record = {"config": dataclasses.asdict(config), **facts}
-    temporary = folder / (CONFIG_FILE + ".part")
-    try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(folder / CONFIG_FILE)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def load_facts(folder: Path) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
         raise TrainError(f"{folder} holds no run: {path} is missing. Name the folder of a run.") from None
     except (OSError, ValueError) as error:
         raise TrainError(f"{path} cannot be read ({error}). Bring it back, or start a new run.") from None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not all(isinstance(record.get(name, {}), dict) for name in SECTIONS):
         raise TrainError(f"{path} holds no options of a run. Bring it back, or start a new run.")
     return record
 
@@ -138,7 +137,7 @@ def load_config(folder: Path) -> Config:
     """The options a run was started with, less those that hold for one session only.
 
     Raises:
-        TrainError: `config.json` is missing or was written by another version of this program.
+        TrainError: `config.json` is missing, damaged, or was written by another version of this program.
     """
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
@@ -146,17 +145,32 @@ def load_config(folder: Path) -> Config:
         of_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
         of_session["distributed"] = None
         run = {**sections["run"], **of_session}
-        return Config(
+        config = Config(
             model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),
             data=DataConfig(**sections["data"]),
             optimizer=OptimizerConfig(**sections["optimizer"]),
             run=RunConfig(**run),
         )
-    except (KeyError, TypeError) as error:
+        for section in (config.model, config.data, config.optimizer, config.run):
+            _check_types(section)
+        wrong = problem(config)
+        if wrong:
+            raise ValueError(wrong)
+    except (KeyError, TypeError, ValueError) as error:
         path = folder / CONFIG_FILE
         raise TrainError(
             f"{path} does not fit this version of the program ({error}). Start a new run, or use that version."
         ) from None
+    return config
+
+
+def _check_types(section: Any) -> None:
+    """Fails where a field is not of the type that its dataclass says: JSON may hold anything."""
+    for name, kind in typing.get_type_hints(type(section)).items():
+        try:
+            typeguard.check_type(getattr(section, name), kind)
+        except typeguard.TypeCheckError as error:
+            raise TypeError(f"{name}: {' '.join(str(error).split())}") from None
 
 
 def _as_tuples(value: Any) -> Any:

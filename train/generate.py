@@ -36,7 +36,7 @@ def generate(
         length: Tokens to add.
         window: The longest context the model may see.
         temperature: Divides the logits; 0 takes the likeliest token.
-        seed: Decides the draw.
+        seed: Decides the draw; from 0 to 2**32 - 1.
 
     Returns:
         Prompts and added tokens, `[R, P + length]`.
@@ -44,12 +44,13 @@ def generate(
     tokens: jax.Array | np.ndarray = np.pad(prompts, [(0, 0), (0, length)])
     start, total = prompts.shape[1], tokens.shape[1]
     arrays = state.params, state.fixed
+    traced_seed = np.uint32(seed)  # an int would have to fit int32
     if not can_decode(model, state):
-        return np.asarray(_recompute(model, *arrays, tokens, start, seed, temperature, min(window, total)))
+        return np.asarray(_recompute(model, *arrays, tokens, start, traced_seed, temperature, min(window, total)))
     context, size = min(start, window), min(window, total)
     while start < total:
         stop = min(start + window + 1 - context, total)
-        tokens = _decode(model, *arrays, tokens, start, stop, seed, temperature, context, size)
+        tokens = _decode(model, *arrays, tokens, start, stop, traced_seed, temperature, context, size)
         start, context = stop, max(1, window // 2)
     return np.asarray(tokens)
 

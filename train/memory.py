@@ -10,8 +10,8 @@ import jax
 
 from train.errors import TrainError
 
-# XLA's status for an allocation that failed, when compiling, when a step is sent off or when its result is read.
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+# What XLA says of an allocation that failed when compiling, when a step is sent off or when its result is read.
+OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|Out of memory")
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def out_of_memory_in_one_line(remedy: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if OUT_OF_MEMORY not in str(error):
+        if not OUT_OF_MEMORY.search(str(error)):
             raise
         device = jax.local_devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")

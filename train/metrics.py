@@ -11,6 +11,7 @@ from typing import Any
 
 from train.data import Corpus
 from train.errors import TrainError
+from train.files import cannot_be, write_whole
 from train.processes import is_first
 from train.tensorboard import TensorBoard
 
@@ -76,22 +77,16 @@ class Metrics:
             self._file.flush()
             self._tensorboard.write(step, values)
         except OSError as error:
-            raise self._cannot_write(error) from None
+            raise cannot_be("written", self._path, error, REMEDY) from None
         return record
 
     def _open(self, folder: Path, step: int) -> None:
-        temporary = folder / (METRICS_FILE + ".part")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history))
-            temporary.replace(self._path)
+            write_whole(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._tensorboard = TensorBoard(folder, step)
             self._file = self._path.open("a")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._cannot_write(error) from None
-
-    def _cannot_write(self, error: OSError) -> TrainError:
-        return TrainError(f"{self._path} cannot be written ({error.strerror}). {REMEDY}")
+            raise cannot_be("written", self._path, error, REMEDY) from None
 
 
 class Clock:
@@ -170,9 +165,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """One line, or None where a crash cut it short."""
+    """One line, or None where a crash cut it short or it is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    if not isinstance(record, dict) or not all(map(_is_measured, record.values())):
+        return None
+    return record if isinstance(record.get("step"), int) and isinstance(record.get("seconds"), int | float) else None
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether this is a number, or a list of such."""
+    return all(map(_is_measured, value)) if isinstance(value, list) else isinstance(value, int | float)

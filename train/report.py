@@ -16,6 +16,7 @@ from models.buckets import HASHING
 from train.config import Config
 from train.errors import TrainError
 from train.evaluate import read_evaluation
+from train.files import cannot_be
 from train.flops import layer_densities, peak_flops
 from train.folder import expanded, load_config, load_facts
 from train.mesh import axis_sizes
@@ -57,7 +58,7 @@ def report(options: ReportOptions) -> int:
     unit = _unit(histories)
     rows = []
     for name, folder in folders.items():
-        device = facts[name].get("device", {}).get("kind", "")
+        device = str(facts[name].get("device", {}).get("kind", ""))
         evaluation = read_evaluation(folder)
         rows.append(summary(name, load_config(folder), device, histories[name], unit, evaluation, options.target))
     compare(rows, histories, unit)
@@ -77,7 +78,7 @@ def report(options: ReportOptions) -> int:
             if plot_bucket_sizes(history, name, out / file):
                 files.append(file)
     except OSError as error:
-        raise TrainError(f"{out} cannot be written ({error.strerror}). Choose another folder with --out.") from None
+        raise cannot_be("written", out, error, "Choose another folder with --out.") from None
     print(text)
     print(f"\nwrote {', '.join(files)} to {out}")
     return 0
@@ -133,7 +134,7 @@ def summary(
         "held_out_perplexity": _last(history, "held_out_perplexity"),
         "best_held_out_bits": held_out[best],
         "best_held_out_step": held_out_steps[best],
-        "test_bits": evaluation[f"bits_per_{unit}"] if evaluation and evaluation["part"] == "test" else None,
+        "test_bits": evaluation.get(f"bits_per_{unit}") if evaluation and evaluation.get("part") == "test" else None,
         "density": _density(config, history),
         "coverage": _coverage(history),
         "tokens_per_second": rate,

@@ -12,7 +12,7 @@ from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import Corpus
 from train.errors import TrainError
-from train.folder import expanded, load_config
+from train.folder import CONFIG_FILE, expanded, load_config
 from train.step import LanguageModel, TrainState, init
 
 
@@ -31,8 +31,11 @@ def restored(
         The model and its state.
 
     Raises:
-        TrainError: There is no checkpoint, or it cannot be restored.
+        TrainError: There is no checkpoint, it cannot be restored, or this machine cannot have the model.
     """
+    wrong = config.model.problem()
+    if wrong:
+        raise TrainError(f"{folder / CONFIG_FILE}: {wrong}")
     model, like = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=config.data.seq_len)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step

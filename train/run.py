@@ -10,6 +10,7 @@ import jax
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import Config
 from train.data import Corpus, load_corpus, training_batches
+from train.files import cannot_be
 from train.flops import model_flops
 from train.folder import open_folder
 from train.loop import compile_steps, train
@@ -108,24 +109,35 @@ def _remedy(folder: Path | None = None) -> str:
 def _finish(
     config: Config, corpus: Corpus, folder: Path, model: LanguageModel, state: TrainState, metrics: Metrics
 ) -> None:
-    """Draws the plot, writes the sample and says how it went."""
+    """Writes the sample, draws the plot and says how it went."""
     title = f"{corpus.name}\n{config.model.attention} attention, {config.data.seq_len} tokens a sequence"
-    plot_losses({folder.name: metrics.history}, title, folder / PLOT_FILE)
-    files = [folder / PLOT_FILE]
     unit = Units(corpus).name
     held_out = [record for record in metrics.history if "held_out_loss" in record][-1]
     summary = (
         f"held-out {held_out[f'held_out_bits_per_{unit}']:.3f} bits per {unit} at step {int(state.step)} of "
         f"{config.optimizer.steps}, {held_out['train_seconds']:.0f} s of training; {corpus.name}"
     )
-    if config.run.sample_length:
-        options = SampleOptions(
-            run=str(folder),
-            prompt=config.run.prompt,
-            length=config.run.sample_length,
-            temperature=config.run.temperature,
-            seed=config.optimizer.seed,
-        )
-        files += [write_sample(options, summary, corpus, model, state, config.data.seq_len)]
-    print(summary)
+    options = SampleOptions(
+        run=str(folder),
+        prompt=config.run.prompt,
+        length=config.run.sample_length,
+        temperature=config.run.temperature,
+        seed=config.optimizer.seed,
+    )
+    files = []
+    try:
+        if config.run.sample_length:
+            files.append(write_sample(options, summary, corpus, model, state, config.data.seq_len))
+        files.append(_draw(folder, title, metrics))
+    finally:
+        print(summary)
     print(f"wrote {', '.join(map(str, files))}")
+
+
+def _draw(folder: Path, title: str, metrics: Metrics) -> Path:
+    path = folder / PLOT_FILE
+    try:
+        plot_losses({folder.name: metrics.history}, title, path)
+    except OSError as error:
+        raise cannot_be("written", path, error, f"python -m train report {folder} draws it anew.") from None
+    return path

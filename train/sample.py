@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import tyro
 
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
+from train.files import cannot_be
 from train.folder import expanded, load_config
 from train.generate import can_decode, generate
 from train.memory import out_of_memory_in_one_line
@@ -102,7 +102,8 @@ def write_sample(
         TrainError: The prompt does not fit the corpus, or the file cannot be written.
     """
     kind: Literal["text", "images"] = "images" if corpus.unit == "pixel" else "text"
-    path = Path(options.run) / SAMPLE_FILES[kind] if options.out is None else expanded("out", options.out)
+    folder = expanded("run", options.run)
+    path = folder / SAMPLE_FILES[kind] if options.out is None else expanded("out", options.out)
     prompt = _prompt(options, corpus)
     if not can_decode(model, state):
         print("reformer layers cannot decode with a cache: each token costs a pass over the window")
@@ -116,13 +117,17 @@ def write_sample(
             temperature=options.temperature,
             seed=options.seed,
         )
+    texts = [] if kind == "images" else [_texts(corpus, row[: len(prompt)], row[len(prompt) :]) for row in tokens]
+    for before, added in texts:
+        print(f"--- {before!r} goes on:\n{added}\n---")
     try:
         if kind == "images":
             draw_images([np.frombuffer(corpus.tokenizer.decode(row), np.uint8) for row in tokens], title, path)
         else:
-            _write_text([(row[: len(prompt)], row[len(prompt) :]) for row in tokens], title, corpus, path)
+            blocks = [f"--- prompt\n{before}\n--- continuation\n{added}\n" for before, added in texts]
+            path.write_text("\n".join([f"{title}\n", *blocks]), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise TrainError(f"{path} cannot be written ({error.strerror}). Name another file with --out.") from None
+        raise cannot_be("written", path, error, "Name another file with --out.") from None
     return path
 
 
@@ -144,14 +149,6 @@ def _prompt(options: SampleOptions, corpus: Corpus) -> np.ndarray:
     return tokens if len(tokens) else nothing
 
 
-def _write_text(parts: Sequence[tuple[np.ndarray, np.ndarray]], title: str, corpus: Corpus, path: Path) -> None:
-    """Writes and prints prompts and what follows them."""
-
-    def readable(tokens: np.ndarray) -> str:
-        return corpus.tokenizer.decode(tokens).decode("utf-8", "replace").replace("\0", "\n")
-
-    texts = [(readable(prompt), readable(added)) for prompt, added in parts]
-    blocks = [f"--- prompt\n{prompt}\n--- continuation\n{added}\n" for prompt, added in texts]
-    path.write_text("\n".join([f"{title}\n", *blocks]), encoding="utf-8", errors="backslashreplace")
-    for prompt, added in texts:
-        print(f"--- {prompt!r} goes on:\n{added}\n---")
+def _texts(corpus: Corpus, *tokens: np.ndarray) -> tuple[str, ...]:
+    """Tokens `[P]` of each part of a text, for people."""
+    return tuple(corpus.tokenizer.decode(part).decode("utf-8", "replace").replace("\0", "\n") for part in tokens)

@@ -15,7 +15,9 @@ from scfa_jax.sparsity.base import Layout, Marks, Operands, Projections, Sparsit
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Sparsity):
-    """Attention among random subsets of queries and keys: QK-sparse of Pagliardini et al. 2023.
+    """Attention among random subsets of queries and keys: QK-sparse.
+
+    Source: Pagliardini et al. 2023, "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention".
 
     Args:
         rate: Probability in `[0, 1)` with which each query and each key is dropped, independently for each

@@ -17,7 +17,9 @@ from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Proj
 
 @dataclasses.dataclass(frozen=True)
 class Hash(Sparsity):
-    """Attention inside the buckets of an angular hash: Hash-sparse of Pagliardini et al. 2023.
+    """Attention inside the buckets of an angular hash: Hash-sparse.
+
+    Source: Pagliardini et al. 2023, "Faster Causal Attention Over Large Sequences Through Sparse Flash Attention".
 
     Args:
         num_buckets: Number of buckets, even.

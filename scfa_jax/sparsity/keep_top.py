@@ -19,6 +19,8 @@ from scfa_jax.sparsity.base import Layout, Marks, Operands, Projections, Sparsit
 class KeepTop(Sparsity):
     """Attention of all queries to the top fraction of keys by a score, in each head: see `scfa_jax.keep_top`.
 
+    Source: as there, Pagliardini et al. 2023 for the attention; the rule and the scores are this library's.
+
     Args:
         fraction: Of the keys to keep, in `(0, 1]`, in training and evaluation alike.
         score: "norm", the length of the key; or "learned", its product with a learned vector. A key's value is then

@@ -14,7 +14,9 @@ from scfa_jax.sparsity.hash import Hash
 
 @dataclasses.dataclass(frozen=True)
 class KMeansHash(Hash):
-    """Attention among tokens with the same nearest centroid: the clusters of Roy et al. 2021, exact and causal.
+    """Attention among tokens with the same nearest centroid: clusters, exact and causal.
+
+    Source: Roy et al. 2021, "Efficient Content-Based Sparse Attention with Routing Transformers".
 
     The module keeps `centroids`, which no optimizer trains. A call takes them as it finds them. The gradient of a loss
     with respect to them is none, but the sums that `scfa_jax.kmeans.update_centroids` moves them by after the step:

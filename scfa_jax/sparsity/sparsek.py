@@ -19,7 +19,10 @@ from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Proj
 
 @dataclasses.dataclass(frozen=True)
 class SparseK(Sparsity):
-    """Attention to a window and to the highest-scored keys before it: SparseK attention of Lou et al. 2024.
+    """Attention to a window and to the highest-scored keys before it: SparseK attention.
+
+    Source: Lou et al. 2024, "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range
+    Transformers".
 
     The score of a token is a linear map of what the layer reads, one for each key head; it has no bias, to which gates
     would not respond. In decoding, window and candidates are all that is kept, however long the sequence gets.

@@ -72,7 +72,9 @@ class StaticPattern(Sparsity):
 
 @dataclasses.dataclass(frozen=True)
 class Longformer(StaticPattern):
-    """A window, and every `stride`-th token as a global one: Beltagy et al. 2020, made causal.
+    """A window, and every `stride`-th token as a global one.
+
+    Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", made causal.
 
     Args:
         window: Positions up to its own that a token sees.
@@ -114,7 +116,9 @@ class Longformer(StaticPattern):
 
 @dataclasses.dataclass(frozen=True)
 class BigBird(StaticPattern):
-    """A window, the first tokens as global ones, and random blocks: Zaheer et al. 2020 (BigBird-ITC), made causal.
+    """A window, the first tokens as global ones, and random blocks.
+
+    Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences" (BigBird-ITC), made causal.
 
     Args:
         window: Positions up to its own that a token sees.
@@ -182,7 +186,9 @@ class BigBird(StaticPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Strided(StaticPattern):
-    """The last `stride` positions, and every `stride`-th one before: Child et al. 2019, "Sparse Transformers".
+    """The last `stride` positions, and every `stride`-th one before.
+
+    Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers".
 
     Args:
         stride: A static number, near the square root of the length in the paper.
@@ -217,7 +223,9 @@ class Strided(StaticPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(StaticPattern):
-    """The own block of `stride` positions, and the last ones of earlier blocks: Child et al. 2019.
+    """The own block of `stride` positions, and the last ones of earlier blocks.
+
+    Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers".
 
     Args:
         stride: Positions in a block.

@@ -17,7 +17,9 @@ from scfa_jax.sparsity.base import Marks, Operands, Projections, Sparsity
 
 @dataclasses.dataclass(frozen=True)
 class Window(Sparsity):
-    """Sliding windows, per head and elastic, with sinks: Fu et al. 2024, "MoA"; Xiao et al. 2023 for the sinks.
+    """Sliding windows, per head and elastic, with sinks.
+
+    Sources: Fu et al. 2024, "MoA"; Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks".
 
     A head sees the last `window + slope * length` positions, rounded down, at least the token itself. The length is
     that of the sequence, and in decoding the room of the cache, so that decoding gives what one pass over as many

@@ -12,6 +12,7 @@ import numpy as np
 
 from train.data.tokenizer import PixelTokenizer
 from train.errors import TrainError
+from train.files import cannot_be
 
 PIXELS = 784
 TRAIN_FILE, TEST_FILE = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
@@ -45,7 +46,7 @@ def read_images(folder: Path, name: str) -> np.ndarray:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TrainError(f"{path} is not a whole gzip file ({error}). Fetch it again.") from None
     except OSError as error:
-        raise TrainError(f"{path} cannot be read ({error.strerror}). Name another folder with --data.") from None
+        raise cannot_be("read", path, error, "Name another folder with --data.") from None
     if len(content) < HEADER.size:
         raise TrainError(f"{path} has {len(content)} bytes, fewer than the header of an idx file. Fetch it again.")
     magic, count, rows, columns = HEADER.unpack_from(content)

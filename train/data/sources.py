@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.errors import TrainError
+from train.files import cannot_be
 
 # Unlike the reader of the package zstandard, this one notices a file that was cut short.
 if sys.version_info >= (3, 14):
@@ -142,7 +143,7 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase]]
         kind = "zstd" if path.suffix.lower() == ".zst" else "gzip"
         raise TrainError(f"{path} is not a whole {kind} file ({error}). Fetch it again or unpack it.") from None
     except OSError as error:
-        raise TrainError(f"{path} cannot be read ({error.strerror or error}). {REMEDY}") from None
+        raise cannot_be("read", path, error, REMEDY) from None
 
 
 def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:

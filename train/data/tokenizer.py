@@ -12,6 +12,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from train.errors import TrainError
+from train.files import cannot_be
 
 END_OF_TEXT = "<|endoftext|>"
 BPE_FILES = ("encoder.json", "vocab.bpe")
@@ -107,7 +108,7 @@ class Gpt2Tokenizer:
             if sorted(ranks.values()) != list(range(len(ranks))):
                 raise ValueError("its numbers have gaps")
         except OSError as error:
-            raise TrainError(f"{error.filename or folder} cannot be read ({error.strerror}). {BPE_REMEDY}") from None
+            raise cannot_be("read", error.filename or folder, error, BPE_REMEDY) from None
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[:1] or ["they do not fit together"]
             raise TrainError(
@@ -148,4 +149,4 @@ def _sha256(path: Path) -> str:
     except FileNotFoundError:
         raise TrainError(f"{path} does not exist. {BPE_REMEDY}") from None
     except OSError as error:
-        raise TrainError(f"{path} cannot be read ({error.strerror}). {BPE_REMEDY}") from None
+        raise cannot_be("read", path, error, BPE_REMEDY) from None

@@ -24,11 +24,13 @@ import tqdm
 from train.data.sources import Piece, Source
 from train.data.tokenizer import InvalidUtf8, Tokenizer
 from train.errors import TrainError
+from train.files import cannot_be
 
 CACHE_VERSION = 1
 # Up to here the files of a corpus of bytes are read into memory at each start, which is quicker than to look after
 # a copy of them.
 IN_MEMORY_BYTES = 64 * 2**20
+REMEDY = "Make room there, or choose another folder with --cache."
 META_FILE, VALUES_FILE, STARTS_FILE, SIZES_FILE = "meta.json", "tokens.npy", "starts.npy", "sizes.npy"
 
 
@@ -80,10 +82,7 @@ def load_tokens(source: Source, tokenizer: Tokenizer, cache: Path) -> Tokens:
                 _build(entry, wanted, source, tokenizer)
                 tokens = _load(entry, wanted)
     except OSError as error:
-        raise TrainError(
-            f"{error.filename or cache} cannot be written ({error.strerror}). "
-            f"Make room there, or choose another folder with --cache."
-        ) from None
+        raise cannot_be("written", error.filename or cache, error, REMEDY) from None
     if tokens is None:
         raise TrainError(f"{entry} does not hold what was written to it. Choose another folder with --cache.")
     return tokens
@@ -95,7 +94,7 @@ def _build(entry: Path, wanted: dict[str, Any], source: Source, tokenizer: Token
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
     try:
         temporary.mkdir()
-        with (temporary / VALUES_FILE).open("wb") as file:
+        with _writing(temporary / VALUES_FILE) as path, path.open("wb") as file:
             _write_header(file, tokenizer, 0)
             begin = file.tell()
             starts, sizes = _tokenise(source, tokenizer, file.write)
@@ -104,11 +103,15 @@ def _build(entry: Path, wanted: dict[str, Any], source: Source, tokenizer: Token
             _write_header(file, tokenizer, count)  # numpy leaves room for the number to grow
             if file.tell() != begin:
                 raise AssertionError("numpy's header changed its length")
-        np.save(temporary / STARTS_FILE, starts)
-        np.save(temporary / SIZES_FILE, sizes)
+        for name, numbers in ((STARTS_FILE, starts), (SIZES_FILE, sizes)):
+            buffer = io.BytesIO()
+            np.save(buffer, numbers)  # in a file numpy would not see the end of the disk
+            with _writing(temporary / name) as path:
+                path.write_bytes(buffer.getvalue())
         values = np.load(temporary / VALUES_FILE, mmap_mode="r")
         meta = {"wanted": wanted, "sha256": _sha256(values, starts, sizes)}
-        (temporary / META_FILE).write_text(json.dumps(meta))
+        with _writing(temporary / META_FILE) as path:
+            path.write_text(json.dumps(meta))
         shutil.rmtree(entry, ignore_errors=True)  # a stale one; whoever has it mapped keeps it
         temporary.replace(entry)
     finally:
@@ -205,6 +208,15 @@ def _write_header(file: io.BufferedWriter, tokenizer: Tokenizer, count: int) -> 
     descriptor = np.lib.format.dtype_to_descr(np.dtype(tokenizer.dtype))
     header = {"descr": descriptor, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Names the file where there is no room to write to it: the error itself does not."""
+    try:
+        yield path
+    except OSError as error:
+        raise cannot_be("written", path, error, REMEDY) from None
 
 
 @contextlib.contextmanager

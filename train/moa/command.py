@@ -15,11 +15,12 @@ from models import ModelConfig
 from train.config import Config
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
-from train.folder import commit, expanded, facts_of, load_config
+from train.files import cannot_be, try_to_write
+from train.folder import expanded, facts_of, load_config
 from train.metrics import Units
 from train.moa import choose, plot
 from train.moa.evaluate import held_out_loss
-from train.moa.plan import Plan, plan_of, save_plan
+from train.moa.plan import REMEDY, Plan, plan_of, save_plan
 from train.moa.profile import calibration, profile
 from train.restore import restored
 from train.step import LanguageModel, TrainState
@@ -102,6 +103,7 @@ def moa(options: MoaOptions) -> int:
     config = dataclasses.replace(config, data=data)
     corpus = load_corpus(data)
     lengths = _lengths(options, config, corpus)
+    files = _files(path)
     model, state = restored(folder, config, corpus, options.checkpoint)
     profiles = []
     for length in lengths:
@@ -109,9 +111,9 @@ def moa(options: MoaOptions) -> int:
         cut = calibration(data, length)
         profiles.append(profile(model, state, corpus, cut, options.sinks, options.tokens))
     plans, record = _choose(options, config.model, lengths, profiles)
-    record |= {"run": folder.name, "step": int(state.step), "commit": commit(), **facts_of(corpus)}
+    record |= {"run": folder.name, "step": int(state.step), **facts_of(corpus)}
     record["evaluation"] = _evaluate(options, config, corpus, model, state, plans)
-    files = _write(path, plans, record, lengths, profiles)
+    _write(files, plans, record, lengths, profiles)
     print(f"wrote {', '.join(map(str, files))}")
     return 0
 
@@ -202,14 +204,27 @@ def _evaluate(
     return {"length": config.data.seq_len, f"held_out_bits_per_{units.name}": bits}
 
 
-def _write(
-    path: Path, plans: dict[str, Plan], record: dict[str, Any], lengths: Sequence[int], profiles: Sequence[np.ndarray]
-) -> list[Path]:
+def _files(path: Path) -> list[Path]:
+    """Those of the plan, the uniform one and the plot, which can be written: to profile takes long."""
     files = [path, path.with_name(f"{path.stem}-uniform.json"), path.with_suffix(".png")]
+    for file in files:
+        try:
+            try_to_write(file)
+        except OSError as error:
+            raise cannot_be("written", file, error, REMEDY) from None
+    return files
+
+
+def _write(
+    files: Sequence[Path],
+    plans: dict[str, Plan],
+    record: dict[str, Any],
+    lengths: Sequence[int],
+    profiles: Sequence[np.ndarray],
+) -> None:
     save_plan(files[0], plans["plan"], record)
     save_plan(files[1], plans["uniform"], record)
     try:
         plot.plot_plan(plans["plan"], plans["uniform"], lengths, profiles[-1], files[2])
     except OSError as error:
-        raise TrainError(f"{files[2]} cannot be written ({error.strerror}). Name another file with --out.") from None
-    return files
+        raise cannot_be("written", files[2], error, REMEDY) from None

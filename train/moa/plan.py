@@ -12,9 +12,11 @@ import numpy as np
 
 from models.config import WindowRules
 from train.errors import TrainError
+from train.files import cannot_be, write_whole
 from train.moa.choose import densities, windows
 
 FORMAT = "scfa_jax window plan 1"
+REMEDY = "Name another file with --out."
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,11 @@ def save_plan(path: Path, plan: Plan, facts: dict[str, Any]) -> None:
     """
     rules = ",\n  ".join(json.dumps(layer) for layer in plan.rules)
     head = json.dumps({"format": FORMAT, "num_sinks": plan.num_sinks, **facts}, indent=1)
-    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f'{head[:-2]},\n "rules": [\n  {rules}\n ]\n}}\n')
-        temporary.replace(path)
+        write_whole(path, f'{head[:-2]},\n "rules": [\n  {rules}\n ]\n}}\n')
     except OSError as error:
-        raise TrainError(f"{path} cannot be written ({error.strerror}). Name another file with --out.") from None
+        raise cannot_be("written", path, error, REMEDY) from None
 
 
 def load_plan(path: Path, layers: int, heads: int) -> Plan:

@@ -130,9 +130,9 @@ EXPERIMENTS = {
     "enwik8": Experiment(
         "enwik8_prefix.gz",
         "--preset bytes --batch-size 8 --seq-len 4096 --lr 1e-3 --warmup 200 --eval-every 200 --eval-tokens 0 "
-        "--log-every 25 --checkpoint-every 500 --sample-length 0 --seconds 240",
+        "--log-every 25 --checkpoint-every 500 --sample-length 0",
         _with_another_seed(
-            {"hash": "--attention hash --steps 2400", "reformer": "--attention reformer --steps 1300"},
+            {"hash": "--attention hash --steps 13000", "reformer": "--attention reformer --steps 2700"},
             ("hash", "reformer"),
         ),
         has_test=True,

@@ -17,21 +17,30 @@ from scfa_jax import dispatch, patterns
 
 HIGH, HIGHEST = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
 ONCE, THRICE = jax.lax.DotAlgorithmPreset.TF32_TF32_F32, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-X = jnp.zeros((1, 32, 2, 16))
-IDS = jnp.zeros((1, 32, 2), jnp.int32)
+SHAPE = (1, 32, 2, 16)
 
-# Each with what it takes besides query, key and value.
+# Each operator, and what it takes besides query, key and value.
 OPERATORS = {
-    "causal": scfa_jax.causal_attention,
-    "hash": partial(scfa_jax.hash_sparse_attention, query_hash=IDS),
-    "rounds of hashes": partial(scfa_jax.hash_sparse_attention, query_hash=jnp.stack([IDS, IDS])),
-    "keep": partial(scfa_jax.qk_sparse_attention, query_keep=IDS == 0, key_keep=IDS == 0),
-    "range": partial(scfa_jax.range_attention, key_start=IDS, key_stop=IDS + 9),
-    "index": partial(scfa_jax.sparse_attention, index=scfa_jax.causal_index(32, 32)),
-    "union": partial(scfa_jax.union_attention, indices=patterns.strided(32, 32, 4)),
-    "window": partial(scfa_jax.window_attention, window=4, num_sinks=2),
-    "sparsek": partial(scfa_jax.sparsek_attention, scores=X[..., 0], num_keys=4, window=4, chunk_size=16),
+    "causal": (scfa_jax.causal_attention, dict),
+    "hash": (scfa_jax.hash_sparse_attention, lambda: {"query_hash": ids(SHAPE[:3])}),
+    "rounds of hashes": (scfa_jax.hash_sparse_attention, lambda: {"query_hash": ids((2, *SHAPE[:3]))}),
+    "keep": (
+        scfa_jax.qk_sparse_attention,
+        lambda: dict.fromkeys(("query_keep", "key_keep"), jnp.ones(SHAPE[:3], bool)),
+    ),
+    "range": (scfa_jax.range_attention, lambda: {"key_start": ids(SHAPE[:3]), "key_stop": ids(SHAPE[:3])}),
+    "index": (scfa_jax.sparse_attention, lambda: {"index": scfa_jax.causal_index(32, 32)}),
+    "union": (scfa_jax.union_attention, lambda: {"indices": patterns.strided(32, 32, 4)}),
+    "window": (scfa_jax.window_attention, lambda: {"window": 4, "num_sinks": 2}),
+    "sparsek": (
+        scfa_jax.sparsek_attention,
+        lambda: {"scores": jnp.zeros(SHAPE[:3]), "num_keys": 4, "window": 4, "chunk_size": 16},
+    ),
 }
+
+
+def ids(shape):
+    return jnp.zeros(shape, jnp.int32)
 
 
 def dots(jaxpr, kernel=None):
@@ -74,13 +83,14 @@ def test_what_a_gpu_gets_differs_in_float32_alone(dtype):
 def test_every_operator_is_here():
     takers = {f for name, f in inspect.getmembers(scfa_jax, callable) if name.endswith("_attention")}
     takers = {f for f in takers if "block_sizes" in inspect.signature(f).parameters}
-    assert takers == {getattr(f, "func", f) for f in OPERATORS.values()}
+    assert takers == {operator for operator, _ in OPERATORS.values()}
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_every_operator_hands_it_on(operator):
-    attend = partial(OPERATORS[operator], implementation="xla", precision="tf32")
-    found = {precision for *_, precision in dots(jax.make_jaxpr(attend)(X, key=X, value=X).jaxpr)}
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_hands_it_on(name):
+    operator, pattern = OPERATORS[name]
+    attend = lambda x: operator(x, x, x, **pattern(), implementation="xla", precision="tf32")
+    found = {precision for *_, precision in dots(jax.make_jaxpr(attend)(jnp.zeros(SHAPE)).jaxpr)}
     assert found == {(HIGH, HIGH)}
 
 
@@ -100,11 +110,13 @@ def test_a_cpu_computes_both_alike(implementation):
 def test_each_is_traced_once(monkeypatch):
     traced = []
     forward = dispatch._forward
-    count = lambda implementation, options, *arrays: (
-        traced.append(options),
-        forward(implementation, options, *arrays),
-    )[1]
-    monkeypatch.setattr(dispatch, "_forward", count)
+
+    def counted(implementation, options, *arrays):
+        traced.append(options.precision)
+        return forward(implementation, options, *arrays)
+
+    monkeypatch.setattr(dispatch, "_forward", counted)
     for precision in ("float32", "tf32", "float32", "tf32"):
-        jax.eval_shape(partial(scfa_jax.causal_attention, precision=precision, implementation="xla"), X, X, X)
-    assert [options.precision for options in traced] == ["float32", "tf32"]
+        attend = partial(scfa_jax.causal_attention, precision=precision, implementation="xla")
+        jax.eval_shape(attend, *[jnp.zeros(SHAPE)] * 3)
+    assert traced == ["float32", "tf32"]

@@ -60,6 +60,8 @@ class Options:
     """What is not compiled by then is left out, and the results say so."""
     seconds: float = 420.0
     """No round begins after so many seconds in all."""
+    dtype: str | None = None
+    """Of the computation; by default bfloat16 on a GPU and float32 elsewhere."""
     out: Path | None = None
     """Folder of results and plot; by default benchmarks/results/DEVICE."""
 
@@ -232,7 +234,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Times all cases, writes scaling.json and scaling.png, and prints a table."""
     options = tyro.cli(Options, description=__doc__)
-    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     rows, left_out = measure(options, dtype)
     folder = options.out or RESULTS / results.device_slug()
     record = {

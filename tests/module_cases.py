@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import HAS_GPU
 
 from scfa_jax import lsh_hash, random_rotations, reference
 from scfa_jax.attention_fn import causal_attention_fn, hash_attention_fn, qk_attention_fn
 from scfa_jax.sparsity import Drop, Hash, normalize
 
 BATCH, LENGTH, FEATURES, HEADS, HEAD_DIM = 2, 24, 16, 4, 4
+WIDE_FEATURES = 64 if HAS_GPU else FEATURES  # in heads of 16, the smallest that an implementation on a GPU takes
 KINDS = {"dense": None, "hash": Hash(4), "drop": Drop(0.4)}
 SEED = jax.random.key(7)
 
@@ -67,8 +69,11 @@ def outputs_and_gradients(apply, params, x, cotangent, draw):
     return outputs, pull(cotangent.astype(outputs.dtype))
 
 
-def tokens(seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (BATCH, LENGTH, FEATURES))
+def tokens(seed: int = 0, features: int = FEATURES) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (BATCH, LENGTH, features))
+
+
+wide_tokens = functools.partial(tokens, features=WIDE_FEATURES)
 
 
 def turned(x, positions):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATIONS
 from flax import nnx
-from module_cases import assert_close, outputs_and_gradients, tokens, turned
+from module_cases import HEADS, LENGTH, assert_close, outputs_and_gradients, turned
+from module_cases import WIDE_FEATURES as FEATURES
+from module_cases import wide_tokens as tokens
 
 import scfa_jax.linen
 from scfa_jax import kmeans_hash, learned_hash, reference
@@ -18,7 +20,6 @@ from scfa_jax.kmeans import member_sums
 from scfa_jax.nnx import CausalSelfAttention, KeepTop, KMeansHash, LearnedHash, PermutationHash
 from scfa_jax.sparsity import normalize
 
-FEATURES, HEADS, LENGTH = 16, 4, 24
 COMMON = {"rotary": turned, "use_bias": False, "implementation": IMPLEMENTATIONS[0]}
 GROUPED = {"num_key_value_heads": 2, "share_query_key": False}
 KINDS = {
@@ -153,5 +154,6 @@ def test_what_a_kind_takes_is_checked():
         with pytest.raises(error, match=message):
             KeepTop(**wrong)
     module, *_ = case("k-means, grouped own keys")
-    with pytest.raises(ValueError, match=r"centroids must be \[K, num_buckets, H\] = \(2, 4, 4\), got \(1, 4, 4\)"):
+    shape = rf"\(2, 4, {FEATURES // HEADS}\)"
+    with pytest.raises(ValueError, match=rf"centroids must be \[K, num_buckets, H\] = {shape}, got \(1, 4, 4\)"):
         module(tokens(), centroids=jnp.ones((1, 4, 4)))

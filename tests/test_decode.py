@@ -267,21 +267,21 @@ def test_decoding_evaluates_whatever_deterministic_says(flax):
 
 
 def test_a_cache_has_flax_names_and_must_be_there():
-    token = jnp.ones((1, 1, 8))
-    ours = scfa_jax.linen.CausalSelfAttention(8, 2, sparsity=Hash(4), decode=True)
-    init = lambda layer: jax.eval_shape(layer.init, {"params": SEED, "sparsity": SEED}, jnp.ones((1, 3, 8)))
+    token = jnp.ones((1, 1, 32))
+    ours = scfa_jax.linen.CausalSelfAttention(32, 2, sparsity=Hash(4), decode=True)
+    init = lambda layer: jax.eval_shape(layer.init, {"params": SEED, "sparsity": SEED}, jnp.ones((1, 3, 32)))
     variables, flax = init(ours), init(nn.MultiHeadDotProductAttention(2, decode=True))
     assert set(variables["cache"]) == {*flax["cache"], "cached_hash", "cached_order"}
     del variables["cache"]
     with pytest.raises(ValueError, match="must have the collection 'cache' to decode with, which init"):
         jax.eval_shape(lambda variables: ours.apply(variables, token, mutable=["cache"]), variables)
 
-    module = scfa_jax.nnx.CausalSelfAttention(8, 2, sparsity=Hash(4), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    module = scfa_jax.nnx.CausalSelfAttention(32, 2, sparsity=Hash(4), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"call init_cache\(\(B, max_length, E\)\) first"):
         jax.eval_shape(lambda x: nnx.view(module, decode=True)(x), token)
-    with pytest.raises(ValueError, match=r"input_shape must be \[B, T, 8\], got \(1, 8\)"):
-        module.init_cache((1, 8))
-    module.init_cache((1, 3, 8))
+    with pytest.raises(ValueError, match=r"input_shape must be \[B, T, 32\], got \(1, 32\)"):
+        module.init_cache((1, 32))
+    module.init_cache((1, 3, 32))
     made = nnx.to_pure_dict(nnx.state(module, nnx.Cache))
     assert set(made) == {*flax["cache"], "cached_hash", "cached_order"}
     assert made["cached_key"].dtype == jnp.bfloat16

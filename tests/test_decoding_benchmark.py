@@ -12,7 +12,7 @@ from scfa_jax import bucket_cache
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", ModelConfig(preset="tiny", layers=1, width=16, heads=2, dtype="float32"))
+    monkeypatch.setitem(PRESETS, "tiny", ModelConfig(preset="tiny", layers=1, width=32, heads=2, dtype="float32"))
 
 
 def test_it_times_a_prompt_and_tokens_with_and_without_a_cache(tmp_path, capsys):
@@ -26,7 +26,7 @@ def test_it_times_a_prompt_and_tokens_with_and_without_a_cache(tmp_path, capsys)
     assert row["cached_ms_per_token"] == row["times"]["cached"]["median_ms"] / 3
     assert row["recomputed_ms_per_token"] == row["times"]["recomputed"]["median_ms"]
     assert row["cached_tokens_per_second"] == 1e3 / row["cached_ms_per_token"]
-    keys_and_values, hash_and_order, index = 2 * 27 * 16 * 4, 2 * 27 * 2 * 4, 2 * 4  # the model's index and the layer's
+    keys_and_values, hash_and_order, index = 2 * 27 * 32 * 4, 2 * 27 * 2 * 4, 2 * 4  # the model's index and the layer's
     assert row["cache_bytes"] == keys_and_values + hash_and_order + index
     assert set(row["compile_s"]) == {"prompt", "cached", "recomputed"}
 

@@ -28,7 +28,7 @@ def test_default_tiles_of_every_pattern(pattern, head_dim, dtype):
     check_default_tiles(pattern, head_dim, dtype)
 
 
-@pytest.mark.parametrize(("number", "head_dim"), enumerate(OTHER_SIZES))
+@pytest.mark.parametrize(("number", "head_dim"), list(enumerate(OTHER_SIZES)))
 def test_default_tiles_at_every_other_head_size(number, head_dim):
     check_default_tiles("hash", head_dim, DTYPES[number % len(DTYPES)])
 
@@ -70,7 +70,8 @@ def test_tf32_has_at_most_twice_the_error_that_cutting_the_inputs_to_it_has(patt
     results = exactly(*inputs), in_tf32(*inputs), exactly(*map(cut_to_tf32, inputs))
     for name, *each in zip(NAMES, *results, strict=True):
         want, got, cut = (np.asarray(x, np.float64) for x in each)
-        error, allowed = (np.linalg.norm((x - want)[np.isfinite(want)]) for x in (got, cut))
+        has_key = np.isfinite(want)
+        error, allowed = (np.linalg.norm(x[has_key] - want[has_key]) for x in (got, cut))
         assert 0 < error <= 2 * allowed, name
 
 
@@ -111,7 +112,7 @@ def _rows(x, start, size):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 
-def in_blocks(attend, mask_rows, query, key, value, output_cotangent, logsumexp_cotangent, size=512):
+def in_blocks(attend, mask_rows, query, key, value, output_cotangent, logsumexp_cotangent, size=128):
     """Results and gradients of a dense definition, a block of rows at a time."""
 
     def block(carry, start):

@@ -67,7 +67,7 @@ def test_all_dots_forward_and_backward_obey(implementation, dtype, of_default, o
     kernels = (None,) if implementation == "xla" else ("scfa_forward", "scfa_dq", "scfa_dkv")
     for options, expected in (({}, of_default), ({"precision": "tf32"}, of_tf32)):
         function, arguments = gradients(case, implementation, block_sizes=SMALL_BLOCKS, **options)
-        with jax.sharding.use_abstract_mesh(H100):
+        with jax.sharding.use_abstract_mesh(H100), jax.default_matmul_precision(None):  # what `conftest` sets aside
             found = dots(jax.make_jaxpr(function)(*arguments).jaxpr)
         assert set(found) == {(kernel, dtype, expected) for kernel in kernels}
 

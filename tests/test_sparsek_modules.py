@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATIONS
 from flax import nnx
-from module_cases import BATCH, FEATURES, HEADS, LENGTH, SEED, assert_close, tokens, turned
+from module_cases import BATCH, HEADS, LENGTH, SEED, assert_close, turned
+from module_cases import WIDE_FEATURES as FEATURES
+from module_cases import wide_tokens as tokens
 
 import scfa_jax.linen
 import scfa_jax.nnx

@@ -8,7 +8,9 @@ import pytest
 from conftest import IMPLEMENTATIONS
 from flax import linen as nn
 from flax import nnx
-from module_cases import BATCH, FEATURES, HEADS, LENGTH, SEED, assert_close, outputs_and_gradients, tokens
+from module_cases import BATCH, HEADS, LENGTH, SEED, assert_close, outputs_and_gradients
+from module_cases import WIDE_FEATURES as FEATURES
+from module_cases import wide_tokens as tokens
 
 import scfa_jax.linen
 import scfa_jax.nnx

@@ -146,20 +146,22 @@ def winners(rows: list[dict[str, Any]]) -> dict[Key, tuple[tuple[int, ...], ...]
     return {key: tuple(kernels[name][1] for name in KERNELS) for key, kernels in best.items()}
 
 
-def source(table: dict[Key, tuple[tuple[int, ...], ...]]) -> str:
-    """The text of the library's table."""
-    device, version = jax.devices()[0].device_kind, jax.__version__
-    lines = [f"    {key!r}: {table[key]!r},".replace("'", '"') for key in sorted(table)]
+def source(table: dict[str, dict[Key, tuple[tuple[int, ...], ...]]]) -> str:
+    """The text of the library's table, by device."""
+    lines = []
+    for device, tiles in sorted(table.items()):
+        lines += [
+            f'    "{device}": {{',
+            *(f"        {key!r}: {tiles[key]!r},".replace("'", '"') for key in sorted(tiles)),
+        ]
+        lines.append("    },")
     return "\n".join(
         [
-            '"""The tiles that were fastest in a search on one GPU. Written by `python -m benchmarks.tune --write`.',
+            '"""The tiles that were fastest in searches. Written by `python -m benchmarks.tune --write`."""',
             "",
-            f"Device: {device}. JAX {version}.",
-            '"""',
-            "",
-            "# (padded head size, bytes per number, density):",
+            "# By device, and there by (padded head size, bytes per number, density):",
             "# block_q, block_k, num_warps and num_stages of the forward pass, of dq, and of dk with dv.",
-            "TABLE = {",
+            "TABLE: dict[str, dict[tuple[int, int, str], tuple[tuple[int, ...], ...]]] = {",
             *lines,
             "}",
             "",
@@ -194,7 +196,9 @@ def tune(options: Options) -> Iterator[Key]:
                 kept = [row for row in known if tuple(row["key"]) not in searched]
                 options.out.write_text("".join(json.dumps(line) + "\n" for line in (head, *kept, *rows)))
                 if options.write:
-                    TABLE.write_text(source({**block_sizes.TABLE, **winners(rows)}))
+                    device = head["device"]
+                    found = {**block_sizes.TABLE.get(device, {}), **winners(rows)}
+                    TABLE.write_text(source({**block_sizes.TABLE, device: found}))
 
 
 def _known(out: Path, head: dict[str, str]) -> list[dict[str, Any]]:

@@ -29,7 +29,11 @@ def coverage(buckets: jax.Array, *, chunk_size: int | None = None, segment_ids: 
     Raises:
         ValueError: `chunk_size` is below 1.
     """
-    taken, pairs = count_pairs(buckets, chunk_size=chunk_size, segment_ids=segment_ids)
+    return share(*count_pairs(buckets, chunk_size=chunk_size, segment_ids=segment_ids))
+
+
+def share(taken: jax.Array, pairs: jax.Array) -> jax.Array:
+    """`taken` over `pairs`, of `count_pairs`; 1 where there are none."""
     return jnp.where(pairs > 0, taken / jnp.maximum(pairs, 1), 1)
 
 

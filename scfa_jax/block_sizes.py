@@ -1,4 +1,4 @@
-"""The default tiles of each implementation, by head size, dtype, density and what the GPU has room for."""
+"""The default tiles of each implementation, by device, head size, dtype and density, as far as the GPU has room."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from scfa_jax.block_table import TABLE
 from scfa_jax.tiling import BlockSizes, Tile, next_power_of_two
 
+# Whose tiles a device gets that was not searched on, as far as they fit it.
+_SEARCHED = "NVIDIA H100 80GB HBM3"
 # Tiles that lower for every head size and dtype, for what the table lacks.
 _SAFE = Tile(64, 64, num_warps=4, num_stages=2)
 
@@ -36,29 +38,26 @@ def shared_memory(device_kind: str) -> int:
     return next((size for name, size in _SHARED_MEMORY.items() if name in words), _LEAST_SHARED_MEMORY)
 
 
-def triton_block_sizes(head_dim: int, dtype, density: float, shared_memory: int) -> BlockSizes:
+def triton_block_sizes(head_dim: int, dtype, density: float, device_kind: str) -> BlockSizes:
     """Returns tiles for the Triton kernels that fit the device.
 
     Args:
         head_dim: Width `H` of a head.
         dtype: dtype of query, key and value.
         density: Share of causal pairs that are allowed, roughly.
-        shared_memory: Bytes that one program may ask for.
+        device_kind: The GPU's name, as JAX tells it; empty if it is not known.
     """
     width, itemsize = max(16, next_power_of_two(head_dim)), jnp.dtype(dtype).itemsize
-    tiles = TABLE.get((width, itemsize, density_class(density)))
+    key, memory = (width, itemsize, density_class(density)), shared_memory(device_kind)
+    tiles = TABLE.get(device_kind, {}).get(key) or TABLE[_SEARCHED].get(key)
     blocks = BlockSizes(*(Tile(*t) for t in tiles)) if tiles else BlockSizes(_SAFE, _SAFE, _SAFE)
     row = width * itemsize
     return BlockSizes(
         forward=_fit(
-            blocks.forward, lambda t: _bytes(t, row, itemsize, resident=t.block_q, passing=2 * t.block_k), shared_memory
+            blocks.forward, lambda t: _bytes(t, row, itemsize, resident=t.block_q, passing=2 * t.block_k), memory
         ),
-        dq=_fit(
-            blocks.dq, lambda t: _bytes(t, row, itemsize, resident=2 * t.block_q, passing=2 * t.block_k), shared_memory
-        ),
-        dkv=_fit(
-            blocks.dkv, lambda t: _bytes(t, row, itemsize, resident=2 * t.block_k, passing=2 * t.block_q), shared_memory
-        ),
+        dq=_fit(blocks.dq, lambda t: _bytes(t, row, itemsize, resident=2 * t.block_q, passing=2 * t.block_k), memory),
+        dkv=_fit(blocks.dkv, lambda t: _bytes(t, row, itemsize, resident=2 * t.block_k, passing=2 * t.block_q), memory),
     )
 
 

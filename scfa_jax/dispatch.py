@@ -205,6 +205,5 @@ def _blocks_for(implementation: str, options: _Options, query, key, index) -> Bl
     if implementation == "xla":
         blocks = defaults.xla_block_sizes()
     else:
-        memory = defaults.shared_memory(_compat.gpu_kind())
-        blocks = defaults.triton_block_sizes(query.shape[3], query.dtype, index.density, memory)
+        blocks = defaults.triton_block_sizes(query.shape[3], query.dtype, index.density, _compat.gpu_kind())
     return blocks.fit(query.shape[1], key.shape[1])

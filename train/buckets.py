@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.buckets import hashing_layers
-from models.coverage import count_pairs
+from models.coverage import count_pairs, share
 from scfa_jax import causal_index, hash_index
 from train.data import Batch
 from train.step import LanguageModel, inputs_and_targets
@@ -41,7 +41,7 @@ def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> 
         if key is None:
             ids = segment_ids if segment_ids is None else jnp.tile(segment_ids, (len(query) // len(tokens), 1))
             taken, pairs = count_pairs(query, chunk_size=chunk_size, segment_ids=ids)
-            layer["coverage"] = taken.sum() / jnp.maximum(pairs.sum(), 1)
+            layer["coverage"] = share(taken, pairs).mean()
         if chunk_size is None:
             index = hash_index(query, key, exclude_self=config.exclude_self, num_buckets=config.num_buckets, **segments)
             taken = index.stats()["pairs"]

@@ -79,7 +79,7 @@ def test_tf32_has_at_most_twice_the_error_that_cutting_the_inputs_to_it_has(patt
 def test_plain_jax_on_a_gpu(pattern):
     case = make_case(pattern, np.random.default_rng(0), Shape(2, 200, 300, 4, 2, 20), jnp.float32)
     results = case.compiled(implementation="xla")
-    assert_as_exact_as_plain(results, case.query, case.key, case.value, case.mask)
+    assert_as_exact_as_plain(results, case.query, case.key, case.value, case.mask, in_kernels=False)
 
 
 def long_problem(pattern: str, length: int, rng):

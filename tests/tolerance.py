@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import HAS_GPU
 
 from benchmarks import tolerance
 from benchmarks.tolerance import NAMES, dense_results, plain_attention, problems, results_and_gradients
@@ -18,7 +19,7 @@ def cotangents(rng: np.random.Generator, query):
     return output, jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32)
 
 
-def assert_as_exact_as_plain(results, query, key, value, mask, *, scale=None):
+def assert_as_exact_as_plain(results, query, key, value, mask, *, scale=None, in_kernels=True):
     """Asserts the rule for an operator's output, log-sum-exp and all gradients.
 
     Args:
@@ -28,8 +29,11 @@ def assert_as_exact_as_plain(results, query, key, value, mask, *, scale=None):
         value: `[B, S, K, H]`.
         mask: bool `[B or 1, N or 1, T, S]`.
         scale: Factor of the scores.
+        in_kernels: Whether kernels compute it, which on a GPU take float32 apart into TF32.
     """
     arrays = query, key, value
     given = cotangents(np.random.default_rng(1), query)
-    found = problems(results(*arrays, *given), dense_results(*arrays, mask, *given, scale=scale), query.dtype)
+    dense = dense_results(*arrays, mask, *given, scale=scale)
+    in_tf32_products = HAS_GPU and in_kernels and query.dtype == jnp.float32
+    found = problems(results(*arrays, *given), dense, query.dtype, in_tf32_products=in_tf32_products)
     assert not found, "; ".join(found)

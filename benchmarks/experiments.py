@@ -203,8 +203,8 @@ def run_experiments(options: Options) -> int:
             lanes.put(environment)
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        todo = [pool.submit(make, name, run) for name, runs in chosen for run in results_of[name].missing(runs)]
         try:
+            todo = [pool.submit(make, name, run) for name, runs in chosen for run in results_of[name].missing(runs)]
             for made in todo:
                 made.result()
         except BaseException:  # Ctrl-C, which the runs got too

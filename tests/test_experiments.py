@@ -122,6 +122,7 @@ def test_ctrl_c_begins_nothing_more(tmp_path, monkeypatch, capsys):
 
     def train(command, *rest):
         begun.append(command)
+        time.sleep(0.1)  # the other thread waits for results by now
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         return 130

@@ -9,6 +9,7 @@ what there is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import queue
@@ -289,7 +290,11 @@ class Results:
             print(f"{self._name}, {run} ended with code {code}: not in the results", file=sys.stderr, flush=True)
             return
         with self._lock:
-            runs = {**self._record["runs"], run: result(run, folder, shlex.join(command))}
+            # As one would give it beside the data: where these lie here is no part of the results.
+            told = arguments(
+                self._experiment, run, Path("runs", self._name, run), dataclasses.replace(self._options, data=Path())
+            )
+            runs = {**self._record["runs"], run: result(run, folder, shlex.join(told))}
             self._record["runs"] = {known: runs[known] for known in self._experiment.runs if known in runs}
             write(self._record, self._file)
             if (folder / SAMPLE_FILES["images"]).exists():
@@ -352,10 +357,11 @@ def result(name: str, run: Path, command: str) -> dict[str, Any]:
         for line in history
         if "compile_seconds" not in line
     ]
+    told = summary(name, config, facts.get("device", {}).get("kind", ""), history, unit, evaluation)
     return {
         "environment": results.environment(f"python -m train {command}"),
         "unit": unit,
-        "summary": summary(name, config, facts.get("device", {}).get("kind", ""), history, unit, evaluation),
+        "summary": {**told, "data": Path(config.data.data or "").name},
         "history": [_rounded(line) for line in lines],
     }
 

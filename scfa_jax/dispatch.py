@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,30 +161,17 @@ def by_platform(options, run, *arrays):
 def _forward(implementation: str, options: _Options, query, key, value, index):
     blocks = _blocks_for(implementation, options, query, key, index)
     dot = tile.dot_for(query.dtype, options.precision, in_triton=implementation == "triton")
+    common: dict[str, Any] = {
+        "scale": options.scale,
+        "block": blocks.forward,
+        "output_dtype": options.output_dtype,
+        "dot": dot,
+    }
     if implementation == "xla":
-        return xla.forward(
-            query,
-            key,
-            value,
-            index,
-            scale=options.scale,
-            block=blocks.forward,
-            output_dtype=options.output_dtype,
-            dot=dot,
-        )
+        return xla.forward(query, key, value, index, **common)
     from scfa_jax.kernels import triton_forward  # here, so that a JAX without the backend can import the rest
 
-    return triton_forward.forward(
-        query,
-        key,
-        value,
-        index,
-        scale=options.scale,
-        block=blocks.forward,
-        output_dtype=options.output_dtype,
-        dot=dot,
-        interpret=implementation == "triton_interpret",
-    )
+    return triton_forward.forward(query, key, value, index, **common, interpret=implementation == "triton_interpret")
 
 
 def _backward(implementation: str, options: _Options, query, key, value, index, *rest):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factory_cases import FactorySpecification
 from flax import linen as nn
 from module_cases import (
     BATCH,
@@ -21,7 +22,6 @@ from module_cases import (
     LENGTH,
     SEED,
     Case,
-    FactorySpecification,
     ModuleSpecification,
     each_random_kind,
     outputs_and_gradients,

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from factory_cases import FactorySpecification
+from factory_cases import test_factories_name_what_they_refuse as test_factories_name_what_they_refuse
+from factory_cases import test_factories_refuse_what_does_not_fit as test_factories_refuse_what_does_not_fit
 from flax import nnx
 from module_cases import (
     BATCH,
@@ -23,15 +26,12 @@ from module_cases import (
     LENGTH,
     SEED,
     Case,
-    FactorySpecification,
     ModuleSpecification,
     assert_close,
     each_kind,
     each_random_kind,
     tokens,
 )
-from module_cases import test_factories_name_what_they_refuse as test_factories_name_what_they_refuse
-from module_cases import test_factories_refuse_what_does_not_fit as test_factories_refuse_what_does_not_fit
 from module_cases import test_impossible_kinds_raise as test_impossible_kinds_raise
 from module_cases import test_normalised_vectors as test_normalised_vectors
 

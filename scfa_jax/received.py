@@ -53,13 +53,10 @@ def attention_received(
 
     Examples:
         >>> import jax, scfa_jax
-        >>> query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
-        >>> received = scfa_jax.attention_received(query, key, window=8)
-        >>> received.shape, round(float(received.sum()))  # each of 2 * 64 queries gives 1
+        >>> query, key = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 16))
+        >>> received = jax.jit(lambda query, key: scfa_jax.attention_received(query, key, window=8))(query, key)
+        >>> received.shape, round(float(received.sum()))  # each of 64 queries of 2 heads gives 1
         ((1, 64, 2), 128)
-        >>> output = scfa_jax.sparsek_attention(
-        ...     query, key, value, received, num_keys=8, window=8, chunk_size=32, num_candidates=8
-        ... )
     """
     has_batch = getattr(query, "ndim", 4) == 4
     query, key, _ = _checks.attention_arrays(query, key, key)

@@ -81,10 +81,11 @@ def test_later_tokens_change_neither_earlier_outputs_nor_receive_their_gradients
         np.testing.assert_array_equal(gradient[:, seen:], 0)
 
 
-def test_parts_of_several_chunks_equal_the_whole_with_a_cache_of_constant_size():
+def test_decoding_equals_the_whole_with_a_cache_of_constant_size():
+    """Single tokens and more at once, wherever chunks begin, past the length that the cache was made for."""
     graph, params, _ = parts()
     module = nnx.merge(graph, params, nnx.State({}))
-    module.init_cache((BATCH, 12, FEATURES))  # whatever the length is that it is made for
+    module.init_cache((BATCH, 12, FEATURES))
     graph, cache, rest = nnx.split(module, nnx.Cache, ...)
     sizes = jax.tree.map(jnp.shape, nnx.to_pure_dict(cache))
     assert sizes["cached_key"] == (BATCH, KIND.window - 1 + KIND.chunk_size, 2, FEATURES // HEADS)
@@ -94,31 +95,22 @@ def test_parts_of_several_chunks_equal_the_whole_with_a_cache_of_constant_size()
         module = nnx.merge(graph, cache, rest)
         return module(x, decode=True), nnx.state(module, nnx.Cache)
 
-    outputs = []
-    for x in np.split(np.asarray(tokens()), 3, axis=1):
-        output, cache = step(cache, x)
+    outputs, start = [], 0
+    for length in (8, *(1,) * 8, 8):
+        output, cache = step(cache, np.asarray(tokens())[:, start : start + length])
         outputs.append(output)
+        start += length
+    assert start == LENGTH
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(cache)) == sizes
     assert_close(np.concatenate(outputs, axis=1), results()(tokens())[0])
 
 
-def test_linen_is_the_same_layer_token_by_token():
+def test_linen_has_the_same_parameters_and_cache():
     module = scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, decode=True, **OPTIONS)
     shapes = jax.eval_shape(module.init, SEED, tokens())
     assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, parameters())
-    cache = KIND.empty_cache(module.bind({"params": parameters()}).layout, BATCH, jnp.float32)
-    assert jax.tree.map(jnp.shape, shapes["cache"]) == jax.tree.map(jnp.shape, cache)
-
-    @jax.jit
-    def step(cache, x):
-        return module.apply({"params": parameters(), "cache": cache}, x, mutable=["cache"])
-
-    outputs = []
-    for x in np.split(np.asarray(tokens()), LENGTH, axis=1):
-        output, changed = step(cache, x)
-        cache = changed["cache"]
-        outputs.append(output)
-    assert_close(np.concatenate(outputs, axis=1), results()(tokens())[0])
+    empty = KIND.empty_cache(module.bind({"params": parameters()}).layout, BATCH, jnp.float32)
+    assert jax.tree.map(jnp.shape, shapes["cache"]) == jax.tree.map(jnp.shape, empty)
 
 
 def test_the_language_model_has_it():

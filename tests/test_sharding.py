@@ -172,10 +172,6 @@ def kept(query, key, value, scores):
     return [scfa_jax.keep_top(scores, 0.4), scfa_jax.keep_top(scores, 0.4, segment_ids=ids)]
 
 
-def received(query, key, value, scores):
-    return scfa_jax.attention_received(query, key, window=5)
-
-
 def moved_centroids(query, key, value, scores):
     centroids = random_centroids(jax.random.key(0), 2, 16, 4)
     return update_centroids(centroids, member_sums(key, scfa_jax.kmeans_hash(key, centroids), 4), 0.9)
@@ -185,13 +181,12 @@ def moved_centroids(query, key, value, scores):
     ("kind", "choice", "sums"),
     [
         (AxisType.Explicit, kept, set()),
-        (AxisType.Explicit, received, set()),
         (AxisType.Auto, moved_centroids, {"all-reduce"}),  # over the batch
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_keys_are_chosen_on_parts(kind, choice, sums):
-    """By their score, what they received, and by centroids; SparseK's selection is in test_sparsek."""
+    """By their score, and by centroids; SparseK's selection is in test_sparsek."""
     mesh, case = mesh_of(kind, (2, SIZES[0])), case_of("causal", Shape(2, 29, 29, 4, 2, 16))
     arrays = case.query, case.key, case.value, jax.random.normal(jax.random.key(0), (2, 29, 2))
     got, collectives = run(mesh, choice, *(sharded(mesh, x) for x in arrays))

@@ -24,7 +24,7 @@ WINDOWS = [jnp.int32(window) for window in (1, 6, 100)]
 def arrays(dtype="float32"):
     keys = jax.random.split(jax.random.key(0), 2)
     query = jax.random.normal(keys[0], (BATCH, LENGTH, HEADS, SIZE), dtype)
-    return 2 * query, jax.random.normal(keys[1], (BATCH, LENGTH, KEY_HEADS, SIZE), dtype)
+    return query, jax.random.normal(keys[1], (BATCH, LENGTH, KEY_HEADS, SIZE), dtype)
 
 
 @cache

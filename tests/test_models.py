@@ -102,9 +102,11 @@ def test_layers_take_the_kinds_of_attention_in_turn():
 
 @pytest.mark.parametrize("exclude_self", [True, False])
 def test_layers_are_made_of_their_kind(exclude_self):
-    model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
+    in_buckets = {"exclude_self": exclude_self, "before_rotary": not exclude_self, "window": 3 * exclude_self}
+    options = {name if name == "exclude_self" else f"hash_{name}": value for name, value in in_buckets.items()}
+    model = make(num_buckets=6, **options, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
-    assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
+    assert kinds == [None, Hash(6, **in_buckets), Drop(0.25)]
     elsewhere = {"dense-cudnn", "sparsek", *STATIC_KINDS}  # see test_sparsek_modules and test_static_kinds
     assert set(ATTENTION_KINDS) == {*HERE, *elsewhere}
 
@@ -338,6 +340,7 @@ def test_learned_positions_end_somewhere():
         ({"attention": "reformer", "share_query_key": False}, "--share-query-key False"),
         ({"chunk_size": 0}, "--chunk-size must be at least 1"),
         ({"num_rounds": 0}, "--num-rounds must be at least 1"),
+        ({"hash_window": -1}, "--hash-window must be at least 0, got -1"),
         ({"drop_warmup": -1}, "--drop-warmup must not be negative"),
         ({"sparsek_window": 0}, "--sparsek-window must be at least 1, got 0"),
         ({"sparsek_slope": float("inf")}, "--sparsek-slope must be finite, got inf"),

@@ -212,7 +212,7 @@ def window_and_buckets(
 ) -> list[SparseIndex]:
     """The last `window` positions, and before them all keys of the query's bucket.
 
-    Source of the buckets: Pagliardini et al. 2023, as of `hash_sparse_attention`.
+    Source: of the buckets, as of `hash_sparse_attention`, Pagliardini et al. 2023.
 
     Args:
         query_hash: int32 `[B, T, N]` or `[T, N]`, the bucket of each query; `B` and `N` may be 1.
@@ -240,13 +240,13 @@ def window_and_buckets(
     _checks.static_int("window", window, least=0)
     window, own = min(window, _checks.OFFSET_LIMIT), int(exclude_self)
     offset = options.pop("query_offset", 0)
-    lengths = query_hash.shape[-2], (query_hash if key_hash is None else key_hash).shape[-2]
     # Keys at or before a query that stands as far back are those before the window.
     before = hash_index(
         query_hash, key_hash, num_buckets=num_buckets, query_offset=offset - max(window, own), **options
     )
     if window <= own:
         return [before]
+    lengths = before.query_length, before.key_length
     return [causal_index(*lengths, window=window - own, query_offset=offset - own, **options), before]
 
 

@@ -59,19 +59,16 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
-    rounds = Rounds(buckets, before_rotary=before_rotary, num_rounds=config.num_rounds, chunk_size=config.chunk_size)
+    hashed = HASHES[config.hash](buckets, config.exclude_self, before_rotary, window=config.hash_window)
     sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (
-            CausalSelfAttention,
-            HASHES[config.hash](buckets, config.exclude_self, before_rotary, config.hash_window),
-        ),
+        "hash": (CausalSelfAttention, hashed),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "sparsek": (CausalSelfAttention, sparsek),
-        "reformer": (ReformerSelfAttention, rounds),
+        "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
         **{name: (CausalSelfAttention, static) for name, static in static_kinds(config, layer).items()},
     }

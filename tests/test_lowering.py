@@ -19,7 +19,6 @@ from scfa_jax.nnx import (
     BigBird,
     CausalSelfAttention,
     Fixed,
-    Hash,
     KeepTop,
     KMeansHash,
     LearnedHash,
@@ -29,7 +28,7 @@ from scfa_jax.nnx import (
     Strided,
     Window,
 )
-from scfa_jax.sparsity import Sparsity
+from scfa_jax.sparsity import Hash, Sparsity
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from models import PRESETS, ModelConfig, Transformer, preset
-from models.attention import cudnn_attention
+from models.attention import HASHES, cudnn_attention
 from models.config import ATTENTION_KINDS, STATIC_KINDS
 from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
@@ -100,13 +100,17 @@ def test_layers_take_the_kinds_of_attention_in_turn():
     )
 
 
+def test_a_window_stands_beside_the_buckets_of_every_hash():
+    for name, kind in HASHES.items():
+        (block,) = make(attention="hash", layers=1, hash=name, num_buckets=6, hash_window=3).blocks
+        assert block.attention.sparsity == kind(6, window=3)
+
+
 @pytest.mark.parametrize("exclude_self", [True, False])
 def test_layers_are_made_of_their_kind(exclude_self):
-    in_buckets = {"exclude_self": exclude_self, "before_rotary": not exclude_self, "window": 3 * exclude_self}
-    options = {name if name == "exclude_self" else f"hash_{name}": value for name, value in in_buckets.items()}
-    model = make(num_buckets=6, **options, drop_rate=0.25)
+    model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
-    assert kinds == [None, Hash(6, **in_buckets), Drop(0.25)]
+    assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
     elsewhere = {"dense-cudnn", "sparsek", *STATIC_KINDS}  # see test_sparsek_modules and test_static_kinds
     assert set(ATTENTION_KINDS) == {*HERE, *elsewhere}
 

@@ -39,7 +39,7 @@ class Hash(Sparsity):
     num_buckets: int
     exclude_self: bool = True
     before_rotary: bool = False
-    window: int = 0
+    window: int = dataclasses.field(default=0, kw_only=True)
 
     shares_query_key = True
     kept_draw: ClassVar[tuple[str, ...]] = ("rotations",)

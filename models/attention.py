@@ -59,12 +59,14 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
-    hashed = HASHES[config.hash](buckets, config.exclude_self, before_rotary, window=config.hash_window)
     sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (CausalSelfAttention, hashed),
+        "hash": (
+            CausalSelfAttention,
+            HASHES[config.hash](buckets, config.exclude_self, before_rotary, window=config.hash_window),
+        ),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "sparsek": (CausalSelfAttention, sparsek),

@@ -67,7 +67,8 @@ def _kinds(length: int) -> dict[str, str]:
         "dense": "--attention dense",
         "hash": "--attention hash",
         "hash-window": "--attention hash --hash-window 128",
-        "hash-window-own-keys": "--attention hash --hash-window 128 --share-query-key False --normalize-key False",
+        "hash-window-own-keys": "--attention hash --hash-window 128 --share-query-key False --normalize-key False "
+        "--no-exclude-self",
         "hash-learned": "--attention hash --hash learned",
         "hash-kmeans": "--attention hash --hash kmeans",
         "hash-permutation": "--attention hash --hash permutation",

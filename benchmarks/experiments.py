@@ -63,6 +63,7 @@ def _kinds(length: int) -> dict[str, str]:
     """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for the paper's share of dropping and
     for windows beside buckets, which come on top."""
     keys = length // 32  # of a query, in the mean
+    selection = f"--sparsek-keys {keys // 2} --sparsek-window {keys // 2 - 32}"
     return {
         "dense": "--attention dense",
         "hash": "--attention hash",
@@ -77,7 +78,8 @@ def _kinds(length: int) -> dict[str, str]:
         "qk-75": "--attention qk --drop-rate 0.75",
         "topk-norm": "--attention topk --drop-rate 0.9375",
         "topk-learned": "--attention topk --drop-rate 0.9375 --keep-score learned",
-        "sparsek": f"--attention sparsek --sparsek-keys {keys // 2} --sparsek-window {keys // 2 - 32}",
+        "sparsek": f"--attention sparsek {selection}",
+        "heavy": f"--attention heavy {selection}",
         "window": f"--attention window --window {keys}",
         "longformer": f"--attention longformer --window {keys // 2} --stride 64",
         "bigbird": f"--attention bigbird --window {keys - 64} --num-random 2",

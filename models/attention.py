@@ -21,6 +21,7 @@ from scfa_jax.sparsity import (
     Drop,
     Fixed,
     Hash,
+    HeavyHitters,
     KeepTop,
     KMeansHash,
     Layout,
@@ -59,7 +60,7 @@ def make_attention(
         head's on its own.
     """
     buckets, before_rotary = config.num_buckets, config.hash_before_rotary
-    sparsek = SparseK(config.sparsek_keys, config.sparsek_window, config.sparsek_chunk, slope=config.sparsek_slope)
+    selection = config.sparsek_keys, config.sparsek_window, config.sparsek_chunk
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
@@ -69,7 +70,8 @@ def make_attention(
         ),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
-        "sparsek": (CausalSelfAttention, sparsek),
+        "sparsek": (CausalSelfAttention, SparseK(*selection, slope=config.sparsek_slope)),
+        "heavy": (CausalSelfAttention, HeavyHitters(*selection)),
         "reformer": (ReformerSelfAttention, Rounds(buckets, True, before_rotary, config.num_rounds, config.chunk_size)),
         "identity": (functools.partial(AttentionBy, no_attention), None),
         **{name: (CausalSelfAttention, static) for name, static in static_kinds(config, layer).items()},

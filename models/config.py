@@ -10,7 +10,10 @@ import jax
 import tyro
 
 STATIC_KINDS = ("window", "longformer", "bigbird", "strided", "fixed")
-ATTENTION_KINDS = ("dense", "dense-cudnn", "hash", "qk", "topk", "sparsek", "reformer", "identity", *STATIC_KINDS)
+ATTENTION_KINDS = (
+    *("dense", "dense-cudnn", "hash", "qk", "topk", "sparsek", "heavy", "reformer", "identity"),
+    *STATIC_KINDS,
+)
 Remat = Literal["none", "full", "save_attention"]
 # Of each layer, of each head: what `scfa_jax.nnx.Window` calls window and slope.
 WindowRules: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
@@ -35,9 +38,9 @@ class ModelConfig:
     attention: str = "hash"
     """Attention of the layers: dense, dense-cudnn (cuDNN's, on a GPU), hash (buckets), qk (dropped queries and
     keys), topk (the keys with the best scores), reformer (buckets cut into chunks), sparsek (a window, and keys that a
-    learned score selects), window, longformer, bigbird, strided or fixed (by position alone, see docs/patterns.md) or
-    identity (none: the bound on speed). One kind for all, or several separated by commas, repeated over the layers:
-    dense,hash."""
+    learned score selects), heavy (a window, and the keys that received the most attention in it), window, longformer,
+    bigbird, strided or fixed (by position alone, see docs/patterns.md) or identity (none: the bound on speed). One kind
+    for all, or several separated by commas, repeated over the layers: dense,hash."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128
@@ -91,11 +94,11 @@ class ModelConfig:
     random_block: int = 32
     """Tokens in such a block."""
     sparsek_keys: int = 64
-    """Keys that a sparsek layer selects, for each chunk of queries and each head."""
+    """Keys that a sparsek or heavy layer selects, for each chunk of queries and each head."""
     sparsek_window: int = 64
-    """Keys at least of the window of a sparsek layer, the token's own among them."""
+    """Keys at least of the window of a sparsek or heavy layer, the token's own among them."""
     sparsek_chunk: int = 64
-    """Queries of a sparsek layer that share a selection."""
+    """Queries of a sparsek or heavy layer that share a selection."""
     sparsek_slope: float = 0.0
     """What each position adds to the scores of a sparsek layer, in favour of later tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -23,6 +23,7 @@ from scfa_jax.kmeans import kmeans_hash as kmeans_hash
 from scfa_jax.merge import merge_attention as merge_attention
 from scfa_jax.patterns import union_attention as union_attention
 from scfa_jax.patterns import window_attention as window_attention
+from scfa_jax.received import attention_received as attention_received
 from scfa_jax.sparsek import sparsek_attention as sparsek_attention
 from scfa_jax.sparsek import sparsek_gates as sparsek_gates
 from scfa_jax.tiling import BlockSizes as BlockSizes

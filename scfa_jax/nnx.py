@@ -18,6 +18,7 @@ from scfa_jax.sparsity import BigBird as BigBird
 from scfa_jax.sparsity import Drop as Drop
 from scfa_jax.sparsity import Fixed as Fixed
 from scfa_jax.sparsity import Hash as Hash
+from scfa_jax.sparsity import HeavyHitters as HeavyHitters
 from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
 from scfa_jax.sparsity import KeepTop as KeepTop
 from scfa_jax.sparsity import KMeansHash as KMeansHash

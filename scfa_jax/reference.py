@@ -318,6 +318,16 @@ def sparsek_attention(
     return _finish(query, key, value, is_selected | is_local, gates=gates, **options)
 
 
+def attention_received(query, key, *, window, segment_ids=None, scale=None):
+    """Dense `scfa_jax.attention_received`: every key has a component of the values to itself."""
+    length, key_heads = key.shape[-3:-1]
+    itself = jnp.broadcast_to(jnp.eye(length)[:, None], (*key.shape[:-1], length))
+    options = {"query_segment_ids": segment_ids, "scale": scale, "output_dtype": jnp.float32}
+    weights = window_attention(query, key, itself, window, **options)  # [..., T, N, T]
+    received = weights.sum(axis=-3).reshape(*key.shape[:-3], key_heads, -1, length).sum(axis=-2)
+    return received.swapaxes(-1, -2)
+
+
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
     """Dense `scfa_jax.merge_attention`: a softmax over the parts."""
     dtype = jnp.result_type(*outputs) if output_dtype is None else output_dtype

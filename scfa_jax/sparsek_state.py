@@ -15,6 +15,7 @@ from scfa_jax import dispatch
 from scfa_jax.gather import gather_rows
 from scfa_jax.index import SparseIndex
 from scfa_jax.merge import merge_attention
+from scfa_jax.received import weight_sums
 from scfa_jax.sorting import Implementation, iota
 from scfa_jax.sparsek import Selection, best_so_far, gated
 
@@ -92,7 +93,7 @@ def attend_next(
     length, chunk_size, num_keys = query.shape[1], options.chunk_size, options.num_keys
     lead = options.window - 1
     num_chunks = 1 + (chunk_size - 1 + length) // chunk_size  # the first one is under way
-    into_chunk = state.cache_index % chunk_size
+    into_chunk, num_missing = _begin(state, options)
 
     def extended(local, new, filler):
         """The local places and those of all chunks that follow; chunk `m` begins at place `lead + m * chunk_size`."""
@@ -126,7 +127,6 @@ def attend_next(
     )
     place_of_query = into_chunk + iota(length)
     chunk = place_of_query // chunk_size
-    num_missing = jnp.maximum(lead - (state.cache_index - into_chunk), 0)  # places of positions below 0
     first = jnp.maximum(chunk * chunk_size, num_missing)[None, None]
     places = iota(local_key.shape[1])[None, None]
     local = SparseIndex(None, places, None, low=first, high=(lead + place_of_query)[None, None])
@@ -147,3 +147,45 @@ def attend_next(
         cached_best_score=jax.lax.dynamic_index_in_dim(highest, last, axis=1, keepdims=False),
         cache_index=state.cache_index + length,
     )
+
+
+def receive_next(
+    state: SparseKState,
+    query: jax.Array,
+    key: jax.Array,
+    options: Selection,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = None,
+) -> tuple[SparseKState, jax.Array]:
+    """Adds the attention that the next tokens give, where scores are `attention_received`: before `attend_next`.
+
+    The windows of these tokens lie within the local places, and a key that leaves those has received all it will.
+
+    Args:
+        state: What the tokens before them left.
+        query: `[B, T, N, H]`.
+        key: `[B, T, K, H]`.
+        options: Those of the selection and the state.
+        scale: As `sparse_attention` takes it.
+        implementation: As `sparse_attention` takes it.
+
+    Returns:
+        The state with higher scores, and those of the next tokens, float32 `[B, T, K]`.
+    """
+    length, num_places = query.shape[1], state.cached_key.shape[1]
+    into_chunk, num_missing = _begin(state, options)
+    place = options.window - 1 + into_chunk  # of the first of these tokens
+    local_key = jnp.pad(state.cached_key, [(0, 0), (0, length), (0, 0), (0, 0)])
+    local_key = jax.lax.dynamic_update_slice_in_dim(local_key, key, place, axis=1)
+    low, places = jnp.maximum(into_chunk + iota(length), num_missing), iota(local_key.shape[1])[None, None]
+    windows = SparseIndex(None, places, None, low=low[None, None], high=(place + iota(length))[None, None])
+    received = weight_sums(query, local_key, windows, scale=scale, implementation=implementation)
+    state = state._replace(cached_score=state.cached_score + received[:, :num_places])
+    return state, jax.lax.dynamic_slice_in_dim(received, place, length, axis=1)
+
+
+def _begin(state: SparseKState, options: Selection) -> tuple[jax.Array, jax.Array]:
+    """How far the next token is into its chunk, and how many local places have positions below 0."""
+    into_chunk = state.cache_index % options.chunk_size
+    return into_chunk, jnp.maximum(options.window - 1 - (state.cache_index - into_chunk), 0)

@@ -38,6 +38,7 @@ FLAX = {
     **{kind.__name__: kind for kind in (sparsity.Window, sparsity.Longformer, sparsity.BigBird)},
     **{kind.__name__: kind for kind in (sparsity.Strided, sparsity.Fixed)},
     "SparseK": sparsity.SparseK,
+    "HeavyHitters": sparsity.HeavyHitters,
     **{kind.__name__: kind for kind in (sparsity.LearnedHash, sparsity.KMeansHash, sparsity.PermutationHash)},
     "KeepTop": sparsity.KeepTop,
     "causal_attention_fn": attention_fn.causal_attention_fn,

@@ -19,6 +19,7 @@ from scfa_jax.nnx import (
     BigBird,
     CausalSelfAttention,
     Fixed,
+    HeavyHitters,
     KeepTop,
     KMeansHash,
     LearnedHash,
@@ -167,6 +168,7 @@ def launches(jaxpr):
         (KMeansHash(4), 1, 1, 2),
         (PermutationHash(4), 1, 1, 2),
         (SparseK(8, 8, 32), 2, 2, 0),  # the window, and copies of the selected keys
+        (HeavyHitters(8, 8, 32), 3, 3, 0),  # and a window for what keys receive
         (Window((8, 16, 32, 64), num_sinks=4), 2, 2, 0),  # the sinks, and the windows whatever their lengths
         (Longformer(16, 32), 3, 1, 4),  # the window, global keys, and the other keys for global queries
         (BigBird(16, num_global=4, num_random=1, block=16), 3, 2, 2),  # the window, global keys, a random block

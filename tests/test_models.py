@@ -111,7 +111,8 @@ def test_layers_are_made_of_their_kind(exclude_self):
     model = make(num_buckets=6, exclude_self=exclude_self, hash_before_rotary=not exclude_self, drop_rate=0.25)
     kinds = [block.attention.sparsity for block in model.blocks]
     assert kinds == [None, Hash(6, exclude_self=exclude_self, before_rotary=not exclude_self), Drop(0.25)]
-    elsewhere = {"dense-cudnn", "sparsek", *STATIC_KINDS}  # see test_sparsek_modules and test_static_kinds
+    # See test_sparsek_modules, test_heavy_hitters and test_static_kinds.
+    elsewhere = {"dense-cudnn", "sparsek", "heavy", *STATIC_KINDS}
     assert set(ATTENTION_KINDS) == {*HERE, *elsewhere}
 
 

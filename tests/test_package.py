@@ -18,6 +18,7 @@ PUBLIC = {
     "BlockSizes",
     "SparseIndex",
     "Tile",
+    "attention_received",
     "causal_attention",
     "causal_index",
     "hash_index",

@@ -67,6 +67,7 @@ def test_only_the_pairs_that_a_kind_asks_for_count():
     sizes = {"sparsek_keys": 2, "sparsek_window": 3, "sparsek_chunk": 4}
     pairs = (1 + 2 + 3 + 4) + 24 * (3 + 4 + 5 + 6 + 4 * 2)
     assert attention("sparsek", **sizes) == pytest.approx(dense * pairs / (100 * 101 / 2))
+    assert attention("heavy", **sizes) == attention("sparsek", **sizes)
 
 
 def test_learned_positions_are_looked_up_not_multiplied():

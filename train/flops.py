@@ -30,9 +30,9 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
     """FLOPs of a training step, as counted for model FLOP utilisation (Chowdhery et al. 2022, appendix B).
 
     Forward and backward pass take 6 FLOPs for a token and a parameter of a matrix, and 12 for each pair of a query and
-    a key and each feature of the heads. Nothing is counted for what is computed again, for hashing and sorting, and for
-    looking up embeddings. Pairs are those that the kind of attention asks for, in buckets of equal size where there
-    are any.
+    a key and each feature of the heads. Nothing is counted for what is computed again, for hashing, sorting and finding
+    heavy hitters, and for looking up embeddings. Pairs are those that the kind of attention asks for, in buckets of
+    equal size where there are any.
 
     Args:
         config: The model.
@@ -68,6 +68,7 @@ def layer_densities(config: ModelConfig, length: int) -> list[float]:
         "qk": (1 - config.drop_rate) ** 2,
         "topk": 1 - config.drop_rate,
         "sparsek": _sparsek_pairs(config, length) / causal,
+        "heavy": _sparsek_pairs(config, length) / causal,
         "identity": 0.0,
     }
     return [

@@ -10,6 +10,7 @@ from scfa_jax.sparsity.base import normalize as normalize
 from scfa_jax.sparsity.base import operands as operands
 from scfa_jax.sparsity.drop import Drop as Drop
 from scfa_jax.sparsity.hash import Hash as Hash
+from scfa_jax.sparsity.heavy_hitters import HeavyHitters as HeavyHitters
 from scfa_jax.sparsity.keep_top import KeepTop as KeepTop
 from scfa_jax.sparsity.kmeans_hash import KMeansHash as KMeansHash
 from scfa_jax.sparsity.learned_hash import LearnedHash as LearnedHash

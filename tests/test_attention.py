@@ -233,9 +233,8 @@ def test_kernels_take_sequences_of_one(implementation, lengths):
 def check_short(pattern, lengths, implementation):
     case = make_case(pattern, np.random.default_rng(11), Shape(2, *lengths, 2, 2, 16), jnp.float32)
     output, logsumexp, *gradients = run(case, implementation)
-    want, want_logsumexp = case.dense(
-        case.query, case.key, case.value, *case.pattern, **case.options, return_residual=True
-    )
+    dense = jax.jit(partial(case.dense, **case.options, return_residual=True))
+    want, want_logsumexp = dense(case.query, case.key, case.value, *case.pattern)
     np.testing.assert_allclose(output, want, atol=1e-5)
     np.testing.assert_allclose(logsumexp, want_logsumexp, atol=1e-5)
     for gradient, x in zip(gradients, (case.query, case.key, case.value), strict=True):
@@ -251,13 +250,10 @@ def test_empty_batch(implementation):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_without_a_batch_axis(one_implementation, pattern):
     case = make_case(pattern, np.random.default_rng(12), Shape(1, 30, 40, 2, 2, 16), jnp.float32)
-    want, want_logsumexp = case.attend(case.query, case.key, case.value, **options(one_implementation))
-    output, logsumexp = case.operator(
-        *(x[0] for x in (case.query, case.key, case.value, *case.pattern)),
-        **case.options,
-        **options(one_implementation),
-        return_residual=True,
-    )
+    attend = partial(case.operator, **case.options, **options(one_implementation), return_residual=True)
+    both = lambda *arrays: (attend(*arrays), attend(*(x[0] for x in arrays)))
+    compiled = jax.jit(both, compiler_options=AS_USERS_COMPILE)
+    (want, want_logsumexp), (output, logsumexp) = compiled(case.query, case.key, case.value, *case.pattern)
     np.testing.assert_array_equal(output, want[0])
     np.testing.assert_array_equal(logsumexp, want_logsumexp[0])
 
@@ -286,43 +282,40 @@ def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
     case = make_case("hash", rng, shape, jnp.float32)
     query_hash = jnp.asarray(rng.integers(0, 5, (2, 40, query_hash_heads)), jnp.int32)
     key_hash = jnp.asarray(rng.integers(0, 5, (1, 50, key_hash_heads)), jnp.int32)
-    got = checked.hash_sparse_attention(
-        case.query, case.key, case.value, query_hash, key_hash, num_buckets=promise, **options(implementation)
-    )
-    want = reference.hash_sparse_attention(case.query, case.key, case.value, query_hash, key_hash)
-    np.testing.assert_allclose(got, want, atol=2e-5)
+
+    @jax.jit
+    def both(*arrays):
+        got = checked.hash_sparse_attention(*arrays, num_buckets=promise, **options(implementation))
+        return got, reference.hash_sparse_attention(*arrays)
+
+    np.testing.assert_allclose(*both(case.query, case.key, case.value, query_hash, key_hash), atol=2e-5)
 
 
 def test_one_offset_for_each_batch_element(one_implementation):
     case = make_case("causal", np.random.default_rng(15), Shape(3, 20, 40, 2, 2, 16), jnp.float32)
     offsets = jnp.array([0, 20, -30], jnp.int32)
-    got = checked.causal_attention(
-        case.query, case.key, case.value, query_offset=offsets, **options(one_implementation)
-    )
+    attend = jax.jit(partial(checked.causal_attention, **options(one_implementation)))
+    got = attend(case.query, case.key, case.value, query_offset=offsets)
+    dense = jax.jit(reference.causal_attention)
     for b, offset in enumerate((0, 20, -30)):
         one = [x[b : b + 1] for x in (case.query, case.key, case.value)]
-        want = reference.causal_attention(*one, query_offset=offset)
-        np.testing.assert_allclose(got[b : b + 1], want, atol=2e-5)
+        np.testing.assert_allclose(got[b : b + 1], dense(*one, query_offset=offset), atol=2e-5)
 
 
 def test_chunked_prefill_equals_one_pass(one_implementation):
     """Queries in two chunks, the second with an offset, see what they see together."""
     case = make_case("shared_hash", np.random.default_rng(16), Shape(1, 60, 60, 2, 2, 16), jnp.float32)
     (ids,) = case.pattern
-    whole = checked.hash_sparse_attention(case.query, case.key, case.value, ids, **options(one_implementation))
-    chunks = [
-        checked.hash_sparse_attention(
-            case.query[:, part],
-            case.key,
-            case.value,
-            ids[:, part],
-            ids,
-            query_offset=part.start,
-            **options(one_implementation),
-        )
-        for part in (slice(0, 37), slice(37, 60))
-    ]
-    np.testing.assert_allclose(jnp.concatenate(chunks, 1), whole, atol=2e-5)
+
+    @jax.jit
+    def in_one_and_in_chunks(query, key, value, ids):
+        attend = partial(checked.hash_sparse_attention, **options(one_implementation))
+        parts = slice(0, 37), slice(37, 60)
+        chunks = [attend(query[:, at], key, value, ids[:, at], ids, query_offset=at.start) for at in parts]
+        return attend(query, key, value, ids), jnp.concatenate(chunks, 1)
+
+    whole, chunks = in_one_and_in_chunks(case.query, case.key, case.value, ids)
+    np.testing.assert_allclose(chunks, whole, atol=2e-5)
 
 
 def test_one_index_serves_many_calls(one_implementation):
@@ -345,8 +338,7 @@ def test_float32_is_exact_to_float32_whatever_the_default_precision(implementati
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         wide = (x.astype(jnp.float64) for x in (case.query, case.key, case.value))
         dense = lambda *qkv: reference.attention(*qkv, case.mask)
-        want = results_and_gradients(dense, *wide, *given)
-        want = [np.asarray(x) for x in want]
+        want = [np.asarray(x) for x in jax.jit(partial(results_and_gradients, dense))(*wide, *given)]
     for name, x, y in zip(("output", "logsumexp", "dq", "dk", "dv"), got, want, strict=True):
         x, y = (np.where(np.isfinite(y), z, 0) for z in (np.asarray(x, np.float64), y))
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name

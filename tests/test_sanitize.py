@@ -169,7 +169,7 @@ def test_the_command_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     tool = tmp_path / sanitize.TOOL
     tool.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        f"assert os.environ['XLA_PYTHON_CLIENT_ALLOCATOR'] == 'platform'\n"
+        f"assert os.environ['XLA_PYTHON_CLIENT_ALLOCATOR'] == 'cuda_async'\n"
         f"workload = sys.argv[sys.argv.index('workload') + 1]\n"
         f"print(json.loads({said!r}).get(sys.argv[2] + '-' + workload, {CLEAN!r}))\n"
     )

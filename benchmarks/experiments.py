@@ -60,12 +60,16 @@ _EVALUATED = "--eval-every 250 --eval-tokens 1000000 --log-every 25 --checkpoint
 
 
 def _kinds(length: int) -> dict[str, str]:
-    """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for the paper's share of dropping."""
+    """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for the paper's share of dropping and
+    for windows beside buckets, which come on top."""
     keys = length // 32  # of a query, in the mean
     selection = f"--sparsek-keys {keys // 2} --sparsek-window {keys // 2 - 32}"
     return {
         "dense": "--attention dense",
         "hash": "--attention hash",
+        "hash-window": "--attention hash --hash-window 128",
+        "hash-window-own-keys": "--attention hash --hash-window 128 --share-query-key False --normalize-key False "
+        "--no-exclude-self",
         "hash-learned": "--attention hash --hash learned",
         "hash-kmeans": "--attention hash --hash kmeans",
         "hash-permutation": "--attention hash --hash permutation",
@@ -103,6 +107,7 @@ EXPERIMENTS = {
             **_with_another_seed(_kinds(8192), ("dense", "hash", "qk-30", "reformer", "sparsek", "qk-75")),
             "dense-shared": "--attention dense --share-query-key True --normalize-key True",
             "dense-hash": "--attention dense,hash",
+            "window-hash": "--attention window,hash --window 256",
         },
     ),
     "bytes-16k": Experiment(

@@ -64,7 +64,10 @@ def make_attention(
     kinds: dict[str, tuple[Callable[..., CausalSelfAttention], Sparsity | None]] = {
         "dense": (CausalSelfAttention, None),
         "dense-cudnn": (functools.partial(AttentionBy, cudnn_attention), None),
-        "hash": (CausalSelfAttention, HASHES[config.hash](buckets, config.exclude_self, before_rotary)),
+        "hash": (
+            CausalSelfAttention,
+            HASHES[config.hash](buckets, config.exclude_self, before_rotary, window=config.hash_window),
+        ),
         "qk": (CausalSelfAttention, Drop(config.drop_rate)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "sparsek": (CausalSelfAttention, SparseK(*selection, slope=config.sparsek_slope)),

@@ -22,6 +22,7 @@ _AT_LEAST_1 = (
     *("window", "stride", "num_summaries", "random_block"),
     *("sparsek_keys", "sparsek_window", "sparsek_chunk"),
 )
+_AT_LEAST_0 = ("num_sinks", "num_random", "hash_window")
 
 
 LARGEST = 2**29  # longer than any sequence, and sums of three such numbers fit in int32
@@ -63,6 +64,8 @@ class ModelConfig:
     """Share of the moving average of a centroid that stays in a step, with --hash kmeans."""
     exclude_self: bool = True
     """Whether a token of a hash layer may not attend to itself."""
+    hash_window: int = 0
+    """Positions up to its own that a token of a hash layer sees whatever their bucket; 0 for its bucket alone."""
     hash_before_rotary: bool = False
     """Whether a hash or reformer layer hashes before it rotates, so that buckets do not depend on positions."""
     num_rounds: int = 1
@@ -115,11 +118,11 @@ class ModelConfig:
 
     def problem(self) -> str | None:
         """What is wrong with these numbers, in one line; None if nothing is."""
-        for name in (*_AT_LEAST_1, "num_sinks", "num_random"):
+        for name in (*_AT_LEAST_1, *_AT_LEAST_0):
             number, least = getattr(self, name), int(name in _AT_LEAST_1)
             if number is not None and number < least:
                 return f"--{name.replace('_', '-')} must be at least {least}, got {number}."
-        for name in (*_AT_LEAST_1, "num_sinks", "num_random", "num_buckets", "drop_warmup"):
+        for name in (*_AT_LEAST_1, *_AT_LEAST_0, "num_buckets", "drop_warmup"):
             number = getattr(self, name)
             if number is not None and number > LARGEST:
                 return f"--{name.replace('_', '-')} must be at most 2**29, got {number}."

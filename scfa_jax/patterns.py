@@ -1,4 +1,4 @@
-"""Static patterns from disjoint parts: sinks, Longformer, BigBird, and the strided and fixed Sparse Transformers.
+"""Patterns from disjoint parts: sinks, Longformer, BigBird, strided and fixed, and a window beside hash buckets.
 
 A query attends to a union of sets of keys, none of which has a key of another. Each set is one `SparseIndex`, so that
 a pattern is a short list of them, and `union_attention` attends to each and merges by the log-sum-exp. Memory stays
@@ -199,6 +199,55 @@ def window_and_sinks(
         every, low=jnp.broadcast_to(every.low, high.shape), high=high, all_met=False, density=near.density
     )
     return [near, sinks]
+
+
+def window_and_buckets(
+    query_hash: jax.Array,
+    key_hash: jax.Array | None,
+    window: int,
+    *,
+    exclude_self: bool = False,
+    num_buckets: int | None = None,
+    **options: Any,
+) -> list[SparseIndex]:
+    """The last `window` positions, and before them all keys of the query's bucket.
+
+    Source: of the buckets, as of `hash_sparse_attention`, Pagliardini et al. 2023.
+
+    Args:
+        query_hash: int32 `[B, T, N]` or `[T, N]`, the bucket of each query; `B` and `N` may be 1.
+        key_hash: int32 `[B, S, K]` or `[S, K]`, likewise; None means the same as `query_hash`.
+        window: Static number of positions up to its own that a query sees whatever their bucket.
+        exclude_self: Whether a query may not attend to the key at its own position, which the window counts all the
+            same: it then holds one key less.
+        num_buckets: As `hash_index` takes it.
+        **options: Offset, segment ids and implementation, as `causal_index` takes them.
+
+    Returns:
+        Two indices: the window, and the bucket before it; the latter alone where the window holds no key.
+
+    Raises:
+        TypeError: As in `hash_index`, or `window` is no static int.
+        ValueError: As in `hash_index`, or `window` is below 0.
+
+    Examples:
+        >>> import numpy as np, scfa_jax
+        >>> parity = np.arange(6, dtype=np.int32)[:, None] % 2
+        >>> near, in_bucket = scfa_jax.patterns.window_and_buckets(parity, None, window=2, num_buckets=2)
+        >>> int(near.stats()["pairs"].sum()), int(in_bucket.stats()["pairs"].sum())  # of 21
+        (11, 6)
+    """
+    _checks.static_int("window", window, least=0)
+    window, own = min(window, _checks.OFFSET_LIMIT), int(exclude_self)
+    offset = options.pop("query_offset", 0)
+    # Keys at or before a query that stands as far back are those before the window.
+    before = hash_index(
+        query_hash, key_hash, num_buckets=num_buckets, query_offset=offset - max(window, own), **options
+    )
+    if window <= own:
+        return [before]
+    lengths = before.query_length, before.key_length
+    return [causal_index(*lengths, window=window - own, query_offset=offset - own, **options), before]
 
 
 def longformer(

@@ -53,6 +53,10 @@ class Case:
         function = _compiled(self.operator, tuple(sorted(static.items(), key=lambda item: item[0])))
         return lambda *arrays: function(self.pattern, data, *arrays)
 
+    def defined(self, **more):
+        """As `compiled`, by the reference."""
+        return replace(self, operator=self.dense).compiled(**more)
+
 
 @dataclass(frozen=True)
 class Shape:

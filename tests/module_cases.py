@@ -355,11 +355,15 @@ def test_impossible_kinds_raise():
     for num_buckets in (7, 0, -2):
         with pytest.raises(ValueError, match=f"num_buckets must be an even .* got {num_buckets}"):
             Hash(num_buckets)
+    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
+        Hash(4, window=-1)
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"rate must be .* got {rate}"):
             Drop(rate)
     with pytest.raises(TypeError, match=r"num_buckets must be a static int, got 4\.0"):
         Hash(4.0)
+    with pytest.raises(TypeError, match=r"window must be a static int, got 2\.0"):
+        Hash(4, window=2.0)
     with pytest.raises(TypeError, match=r"rate must be a static number, got '0\.1'"):
         Drop("0.1")
 

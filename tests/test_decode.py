@@ -36,6 +36,7 @@ KINDS = {
     "grouped dense, unit shared keys": (None, 2, True),
     "hash": (Hash(4), 4, True),
     "grouped hash": (Hash(4), 2, True),
+    "grouped hash beside a window": (Hash(4, window=3), 2, True),
     "grouped hash of own keys, sees itself": (Hash(2, exclude_self=False, before_rotary=True), 2, False),
     "grouped drop": (Drop(0.4), 2, False),
 }
@@ -113,7 +114,10 @@ def defined(name: str, whole: dict):
     sparsity, made = options["sparsity"], operands(**whole, **options)
     if isinstance(sparsity, Hash):
         query_hash, key_hash = (marks["hash"] for marks in (made.query_marks, made.key_marks or made.query_marks))
-        mask = reference.hash_mask(query_hash, key_hash, exclude_self=sparsity.exclude_self)
+        exclude_self = sparsity.exclude_self
+        mask = reference.hash_mask(query_hash, key_hash, exclude_self=exclude_self)
+        near = reference.window_mask(LENGTH, LENGTH, sparsity.window)
+        mask |= near & reference.causal_mask(LENGTH, LENGTH, -int(exclude_self))
     elif isinstance(sparsity, Drop):
         mask = reference.keep_mask(made.query_marks["keep"], made.key_marks["keep"])
     else:

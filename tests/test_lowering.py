@@ -29,7 +29,7 @@ from scfa_jax.nnx import (
     Strided,
     Window,
 )
-from scfa_jax.sparsity import Sparsity
+from scfa_jax.sparsity import Hash, Sparsity
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
 
@@ -164,6 +164,7 @@ def launches(jaxpr):
     [
         (KeepTop(0.4, "learned"), 1, 0, 2),
         (LearnedHash(4), 1, 1, 2),
+        (Hash(4, window=16), 2, 2, 2),  # the window, and the bucket before it
         (KMeansHash(4), 1, 1, 2),
         (PermutationHash(4), 1, 1, 2),
         (SparseK(8, 8, 32), 2, 2, 0),  # the window, and copies of the selected keys

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from models import PRESETS, ModelConfig, Transformer, preset
-from models.attention import cudnn_attention
+from models.attention import HASHES, cudnn_attention
 from models.config import ATTENTION_KINDS, STATIC_KINDS
 from models.rotary import rotary
 from scfa_jax.nnx import Drop, Hash
@@ -98,6 +98,12 @@ def test_layers_take_the_kinds_of_attention_in_turn():
     assert ModelConfig(attention="dense, hash", layers=5).layer_kinds() == (
         *("dense", "hash", "dense", "hash", "dense"),
     )
+
+
+def test_a_window_stands_beside_the_buckets_of_every_hash():
+    for name, kind in HASHES.items():
+        (block,) = make(attention="hash", layers=1, hash=name, num_buckets=6, hash_window=3).blocks
+        assert block.attention.sparsity == kind(6, window=3)
 
 
 @pytest.mark.parametrize("exclude_self", [True, False])
@@ -339,6 +345,7 @@ def test_learned_positions_end_somewhere():
         ({"attention": "reformer", "share_query_key": False}, "--share-query-key False"),
         ({"chunk_size": 0}, "--chunk-size must be at least 1"),
         ({"num_rounds": 0}, "--num-rounds must be at least 1"),
+        ({"hash_window": -1}, "--hash-window must be at least 0, got -1"),
         ({"drop_warmup": -1}, "--drop-warmup must not be negative"),
         ({"sparsek_window": 0}, "--sparsek-window must be at least 1, got 0"),
         ({"sparsek_slope": float("inf")}, "--sparsek-slope must be finite, got inf"),

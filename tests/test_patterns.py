@@ -1,4 +1,4 @@
-"""Static patterns: their parts are disjoint, and together they are what the papers say, causally."""
+"""Patterns of several parts: these are disjoint, and together they are what the papers say, causally."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ import scfa_jax
 from scfa_jax import patterns, reference
 
 QUERIES, KEYS, HEADS = 50, 77, 2
-NEAR, BLOCK, GLOBAL, RANDOM = 8, 6, 7, 3
+NEAR, BLOCK, GLOBAL, RANDOM, BUCKETS = 8, 6, 7, 3, 4
 
 
 def drawn(seed, kind):
@@ -30,6 +30,8 @@ def drawn(seed, kind):
         "query_offset": rng.choice(np.array([-9, 0, 5, 38], np.int32), 2),  # from the last, past all keys
         "query_segment_ids": segment_ids(rng, (2, QUERIES), kind),
         "key_segment_ids": segment_ids(rng, (2, KEYS), kind),
+        "query_hash": rng.integers(0, BUCKETS, (2, QUERIES, HEADS), dtype=np.int32),
+        "key_hash": rng.integers(0, BUCKETS, (2, KEYS, 1), dtype=np.int32),
     }
 
 
@@ -38,8 +40,14 @@ def line(given):
     return {name: given[name] for name in ("query_offset", "query_segment_ids", "key_segment_ids")}
 
 
+def hashes(given):
+    return given["query_hash"], given["key_hash"]
+
+
 PARTS = {
     "sinks": lambda x: patterns.window_and_sinks(QUERIES, KEYS, x["window"], 5, **line(x)),
+    "window_and_buckets": lambda x: patterns.window_and_buckets(*hashes(x), NEAR, num_buckets=BUCKETS, **line(x)),
+    "others": lambda x: patterns.window_and_buckets(*hashes(x), NEAR, exclude_self=True, **line(x)),
     "longformer": lambda x: patterns.longformer(x["query_global"], x["key_global"], x["window"][0, 0], **line(x)),
     "strided": lambda x: patterns.strided(QUERIES, KEYS, BLOCK, **line(x)),
     "fixed": lambda x: patterns.fixed(QUERIES, KEYS, BLOCK, 2, **line(x)),
@@ -72,6 +80,16 @@ def sinks(given, query, key):
     return (key > query - window) | (rank < 5)[:, None, None]
 
 
+def window_and_buckets(given, query, key):
+    of_query, of_key = (x.swapaxes(1, 2) for x in hashes(given))
+    return (key > query - NEAR) | (of_query[..., None] == of_key[:, :, None])
+
+
+def others(given, query, key):
+    """Those of a window and buckets but the token itself."""
+    return (key != query) & window_and_buckets(given, query, key)
+
+
 def longformer(given, query, key):
     of_query, of_key = (given[name].swapaxes(1, 2) for name in ("query_global", "key_global"))
     return (key > query - given["window"][0, 0]) | of_query[..., None] | of_key[:, :, None]
@@ -85,7 +103,8 @@ def fixed(given, query, key):
     return (query // BLOCK == key // BLOCK) | (key % BLOCK >= BLOCK - 2)
 
 
-SEEN = {"sinks": sinks, "longformer": longformer, "strided": strided, "fixed": fixed}
+SEEN = {"sinks": sinks, "window_and_buckets": window_and_buckets, "others": others}
+SEEN |= {"longformer": longformer, "strided": strided, "fixed": fixed}
 COMPILED = {name: jax.jit(parts) for name, parts in PARTS.items()}
 
 
@@ -177,6 +196,20 @@ def test_window_attention_with_sinks_is_as_exact_as_plain_attention():
         np.testing.assert_array_equal(
             dense(*inputs, given["window"], **line(given)), jax.jit(reference.attention)(*inputs, mask)[0]
         )
+
+
+def test_a_window_beside_buckets_is_as_exact_as_plain_attention(implementation):
+    options = {"implementation": implementation, "block_sizes": SMALL_BLOCKS, "return_residual": True}
+
+    @jax.jit
+    def results(indices, *arrays):
+        return results_and_gradients(partial(scfa_jax.union_attention, indices=indices, **options), *arrays)
+
+    given = drawn(0, "padded")
+    is_causal, query, key = causal(given)
+    mask = jnp.asarray(is_causal & others(given, query, key))
+    inputs = arrays(np.random.default_rng(0), Shape(2, QUERIES, KEYS, HEADS, 1, 16), jnp.float32)
+    assert_as_exact_as_plain(partial(results, COMPILED["others"](given)), *inputs, mask)
 
 
 def test_parts_are_rounded_once_after_they_are_merged():

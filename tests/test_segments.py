@@ -19,7 +19,7 @@ from jax.extend.core import jaxprs_in_params
 from test_index import as_mask, build, index_of
 from test_lowering import ATTENTION, BOUNDS, MARKS, RANGES, SORT, gradients, lowered_for_cuda, number_of_kernels
 from test_reference import rule
-from tolerance import NAMES, assert_as_exact_as_plain, cotangents, results_and_gradients
+from tolerance import NAMES, assert_as_exact_as_plain, cotangents
 
 import scfa_jax
 import scfa_jax.linen
@@ -82,9 +82,8 @@ def test_the_reference_equals_float64_loops(pattern, kind):
     want = oracle.attend(
         case.query, case.key, case.value, lambda b, n, k, t, s: same(b, t, s) and allows(b, n, k, t, s), *cotangent, 0.7
     )
-    dense = partial(case.dense, **case.options, scale=0.7, return_residual=True)
     given = (jnp.asarray(x, jnp.float32) for x in cotangent)
-    got = results_and_gradients(lambda *qkv: dense(*qkv, *case.pattern), case.query, case.key, case.value, *given)
+    got = case.defined(scale=0.7)(case.query, case.key, case.value, *given)
     for name, x, y in zip(NAMES, got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=3e-6, atol=3e-6, err_msg=name)
 
@@ -166,7 +165,7 @@ def test_a_chunk_of_queries_sees_its_segments_in_all_keys(one_implementation, pr
     case = make_case("shared_hash", rng, Shape(2, 60, 60, 2, 2, 16), jnp.float32)
     (hashes,) = case.pattern
     ids = jnp.asarray(rng.integers(-1, 3, (2, 60)), jnp.int32)
-    attend = partial(scfa_jax.hash_sparse_attention, num_buckets=promise, implementation=one_implementation)
+    attend = jax.jit(partial(scfa_jax.hash_sparse_attention, num_buckets=promise, implementation=one_implementation))
     whole = attend(case.query, case.key, case.value, hashes, query_segment_ids=ids)
     chunk = attend(
         case.query[:, 37:],
@@ -195,9 +194,9 @@ def test_new_ids_do_not_recompile_and_map(one_implementation, pattern):
 
     compiled = jax.jit(attend)
     one_by_one = jnp.stack([compiled(ids) for ids in many])
+    dense = jax.jit(partial(case.dense, case.query, case.key, case.value, *case.pattern, **case.options))
     for ids, got in zip(many, one_by_one, strict=True):
-        dense = case.dense(case.query, case.key, case.value, *case.pattern, query_segment_ids=ids, **case.options)
-        np.testing.assert_allclose(got, dense, atol=2e-5)
+        np.testing.assert_allclose(got, dense(query_segment_ids=ids), atol=2e-5)
     mapped = jax.jit(jax.vmap(attend, 1))(many.swapaxes(0, 1))
     np.testing.assert_allclose(mapped, one_by_one, atol=2e-5)
 
@@ -338,8 +337,9 @@ def test_attention_functions_for_flax_keep_documents_apart():
             reference.qk_sparse_attention(*arguments, keep, keep, **segments),
         ),
     ):
-        np.testing.assert_allclose(made(*arguments), want, atol=1e-5)
-        nested = made(*(x[None] for x in arguments))
-        np.testing.assert_allclose(nested[0], want, atol=1e-5)
+        nested = [x[None] for x in arguments]
+        got, (got_nested,) = jax.jit(lambda *both: (made(*both[:3]), made(*both[3:])))(*arguments, *nested)  # noqa: B023
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        np.testing.assert_allclose(got_nested, want, atol=1e-5)
     with pytest.raises(ValueError, match=r"segment_ids must be \[\.\.\., length\], got \(\)"):
         causal_attention_fn(segment_ids=jnp.int32(0))

@@ -23,7 +23,7 @@ LENGTH = 20
 
 @pytest.mark.parametrize(
     ("options", "documents"),
-    [({}, 1), ({"exclude_self": False, "share_query_key": False, "positions": "learned"}, 3)],
+    [({}, 1), ({"exclude_self": False, "hash_window": 3, "share_query_key": False, "positions": "learned"}, 3)],
 )
 def test_buckets_are_counted_by_layer(options, documents):
     config = ModelConfig(layers=3, width=16, heads=2, num_buckets=4, attention="hash,dense", dtype="float32", **options)
@@ -53,7 +53,8 @@ def test_buckets_are_counted_by_layer(options, documents):
                 shares.append(sorted(sizes, reverse=True))
                 effective.append(np.prod([size**-size for size in sizes if size]))
                 earlier = np.tril(together, -1 if config.exclude_self else 0)
-                pairs.append((earlier & (one[:, None] == other)).sum() / dense)
+                near = np.tri(LENGTH, dtype=bool) & ~np.tri(LENGTH, k=-config.hash_window, dtype=bool)
+                pairs.append((earlier & ((one[:, None] == other) | near)).sum() / dense)
         np.testing.assert_allclose(measured["bucket_shares"][number], np.mean(shares, axis=0), atol=6e-5)
         assert measured["bucket_largest_share"][number] == pytest.approx(np.mean(shares, axis=0)[0], rel=1e-6)
         assert measured["bucket_effective"][number] == pytest.approx(np.mean(effective), rel=1e-5)

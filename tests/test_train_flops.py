@@ -57,6 +57,11 @@ def test_only_the_pairs_that_a_kind_asks_for_count():
     assert dense == 3 * 2 * 12 * 64 * 100 * 101 / 2
     assert attention("dense-cudnn") == dense
     assert attention("hash", num_buckets=16) == pytest.approx(dense / 16)
+    near = 1 + 2 + 98 * 3  # pairs of a window of 3, each token's own among them
+    pairs = near + (100 * 101 / 2 - near) / 4
+    windowed = {"num_buckets": 4, "hash_window": 3}
+    assert attention("hash", **windowed, exclude_self=False) == pytest.approx(dense * pairs / (100 * 101 / 2))
+    assert attention("hash", **windowed) == pytest.approx(dense * (pairs - 100) / (100 * 101 / 2))
     assert attention("dense,qk", drop_rate=0.5) == pytest.approx(dense * (1 + 0.25) / 2)
     # A window of 3 to 6 (of 1 to 4 at the start), and in all but the first chunk of 4 up to 2 keys: 2 in all chunks.
     sizes = {"sparsek_keys": 2, "sparsek_window": 3, "sparsek_chunk": 4}

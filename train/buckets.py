@@ -10,7 +10,7 @@ import numpy as np
 
 from models.buckets import hashing_layers
 from models.coverage import count_pairs, share
-from scfa_jax import causal_index, hash_index
+from scfa_jax import causal_index, patterns
 from train.data import Batch
 from train.step import LanguageModel, inputs_and_targets
 
@@ -43,8 +43,9 @@ def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> 
             taken, pairs = count_pairs(query, chunk_size=chunk_size, segment_ids=ids)
             layer["coverage"] = share(taken, pairs).mean()
         if chunk_size is None:
-            index = hash_index(query, key, exclude_self=config.exclude_self, num_buckets=config.num_buckets, **segments)
-            taken = index.stats()["pairs"]
+            hashed: Any = {"exclude_self": config.exclude_self, "num_buckets": config.num_buckets, **segments}
+            parts = patterns.window_and_buckets(query, key, config.hash_window, **hashed)
+            taken = jnp.asarray(sum(part.stats()["pairs"] for part in parts))
         rounds = len(query) // len(tokens)
         layer["pairs"] = (taken.reshape(rounds, len(tokens), -1) / dense).mean()
         measured.append(layer)

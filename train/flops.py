@@ -63,7 +63,7 @@ def layer_densities(config: ModelConfig, length: int) -> list[float]:
     density_of = {
         "dense": 1.0,
         "dense-cudnn": 1.0,
-        "hash": 1 / config.num_buckets,
+        "hash": _hash_pairs(config, length) / causal,
         "reformer": 1 / config.num_buckets,
         "qk": (1 - config.drop_rate) ** 2,
         "topk": 1 - config.drop_rate,
@@ -79,6 +79,13 @@ def layer_densities(config: ModelConfig, length: int) -> list[float]:
 
 def _causal_pairs(length: int) -> float:
     return length * (length + 1) / 2
+
+
+def _hash_pairs(config: ModelConfig, length: int) -> float:
+    """The keys of the window, and before it those of a bucket: see `scfa_jax.patterns.window_and_buckets`."""
+    near = float(np.minimum(np.arange(length) + 1, config.hash_window).sum())
+    own = length if config.hash_window and config.exclude_self else 0  # counted in the window, and left out
+    return near - own + (_causal_pairs(length) - near) / config.num_buckets
 
 
 def _sparsek_pairs(config: ModelConfig, length: int) -> float:

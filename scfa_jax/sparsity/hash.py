@@ -1,4 +1,4 @@
-"""Attention inside the buckets of a hash."""
+"""Attention inside the buckets of a hash, and to a window beside them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import bucket_cache
+from scfa_jax import _checks, bucket_cache
 from scfa_jax.attention import hash_sparse_attention
 from scfa_jax.hashing import check_num_buckets, lsh_hash, random_rotations
+from scfa_jax.patterns import union_attention, window_and_buckets
 from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Projections, Sparsity
 
 
@@ -27,15 +28,18 @@ class Hash(Sparsity):
             would mostly see itself. The first token of a bucket then attends to nothing and its output is 0.
         before_rotary: Whether to hash queries and keys before they are rotated, in modules with `rotary`: buckets
             then depend on what a token is and not on where it stands.
+        window: Positions up to its own that a token sees whatever their bucket, before which it sees those of its
+            bucket. Its own is among them, and left out of both parts with `exclude_self`. 0 for the bucket alone.
 
     Raises:
-        ValueError: `num_buckets` is odd or below 2.
-        TypeError: `num_buckets` is no static integer.
+        ValueError: `num_buckets` is odd or below 2, or `window` below 0.
+        TypeError: A number is no static integer.
     """
 
     num_buckets: int
     exclude_self: bool = True
     before_rotary: bool = False
+    window: int = dataclasses.field(default=0, kw_only=True)
 
     shares_query_key = True
     kept_draw: ClassVar[tuple[str, ...]] = ("rotations",)
@@ -43,6 +47,7 @@ class Hash(Sparsity):
 
     def __post_init__(self):
         check_num_buckets(self.num_buckets)
+        _checks.static_int("window", self.window, least=0)
 
     def draws(self, deterministic: bool) -> bool:
         """Tells whether a call draws anew: in training.
@@ -125,7 +130,7 @@ class Hash(Sparsity):
     def mask(
         self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array
     ) -> jax.Array:
-        """Tells which queries and keys meet: those of one bucket.
+        """Tells which queries and keys meet: those of one bucket, and those within the window.
 
         Args:
             query_marks: As in `Sparsity.mask`.
@@ -137,11 +142,12 @@ class Hash(Sparsity):
             Likewise.
         """
         last = query_position - int(self.exclude_self)
-        return (key_position <= last) & (query_marks["hash"] == key_marks["hash"])
+        seen = (query_marks["hash"] == key_marks["hash"]) | (query_position - key_position < self.window)
+        return (key_position <= last) & seen
 
     def keeps_order(self, max_length: int, head_dim: int) -> bool:
-        """Calls `bucket_cache.pays`; all as in `Sparsity.keeps_order`."""
-        return bucket_cache.pays(max_length, head_dim)
+        """Calls `bucket_cache.pays`, unless there is a window, which no bucket holds; as in `Sparsity.keeps_order`."""
+        return self.window == 0 and bucket_cache.pays(max_length, head_dim)
 
     def attend_in_bucket(
         self, cached: Operands, order: jax.Array, position: jax.Array, *, implementation: Implementation
@@ -162,7 +168,7 @@ class Hash(Sparsity):
         )
 
     def attend(self, operands: Operands, **options: Any) -> jax.Array:
-        """Calls `hash_sparse_attention`.
+        """Calls `hash_sparse_attention`, or with a window `union_attention`.
 
         Args:
             operands: What attends to what.
@@ -174,5 +180,10 @@ class Hash(Sparsity):
         query, key, value, query_marks, key_marks = operands
         key_hash = None if key_marks is None else key_marks["hash"]
         options |= {"exclude_self": self.exclude_self, "num_buckets": self.num_buckets}
-        output: Any = hash_sparse_attention(query, key, value, query_marks["hash"], key_hash, **options)
+        output: Any
+        if self.window:
+            indices = window_and_buckets(query_marks["hash"], key_hash, self.window, **options)
+            output = union_attention(query, key, value, indices, implementation=options.get("implementation"))
+        else:
+            output = hash_sparse_attention(query, key, value, query_marks["hash"], key_hash, **options)
         return output

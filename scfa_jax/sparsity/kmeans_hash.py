@@ -26,6 +26,7 @@ class KMeansHash(Hash):
         num_buckets: Number of buckets, even.
         exclude_self: As in `Hash`.
         before_rotary: As in `Hash`.
+        window: As in `Hash`.
     """
 
     kept_draw = ("centroids",)

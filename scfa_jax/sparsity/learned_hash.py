@@ -23,6 +23,7 @@ class LearnedHash(Hash):
         num_buckets: Number of buckets, even.
         exclude_self: As in `Hash`.
         before_rotary: As in `Hash`.
+        window: As in `Hash`. The gate weighs the keys of the window too, which are seen whatever their bucket.
     """
 
     kept_draw = ()

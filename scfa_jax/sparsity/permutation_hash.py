@@ -23,6 +23,7 @@ class PermutationHash(Hash):
         num_buckets: Number of buckets, even.
         exclude_self: As in `Hash`.
         before_rotary: Ignored: nothing is hashed.
+        window: As in `Hash`.
     """
 
     kept_draw = ("seed",)

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Python's garbage collector looks at all modules and traces again and again: a fifth of the suite's time."""
+    """Spares Python's garbage collector the modules, which stay, and many of its rounds over traces."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 

@@ -383,15 +383,15 @@ def _packed_hash_index(line: Positions | Segments, query_id: jax.Array, key_id: 
     else:
         sorted_query, sorted_key = sort(query_id, key_id)
     key_length = sorted_key.shape[-1]
-    bucket = jax.lax.div(sorted_query, _length(query_length)) * key_length
-    query_place = jax.lax.rem(sorted_query, _length(query_length))
+    bucket, query_place = sorting.divided(sorted_query, query_length)
+    _, key_place = sorting.divided(sorted_key, key_length)
     return index_in_line(
         line,
-        key_place=jax.lax.rem(sorted_key, _length(key_length)),
+        key_place=key_place,
         key_code=sorted_key,
         query_place=query_place,
-        low=bucket + line.first(query_place),
-        high=bucket + line.last(query_place),
+        low=bucket * key_length + line.first(query_place),
+        high=bucket * key_length + line.last(query_place),
     )
 
 
@@ -461,11 +461,6 @@ def _up_to(code: jax.Array, high: jax.Array) -> jax.Array:
     groups = min(code.shape[1], last.shape[1])
     last = jnp.max(last.reshape(last.shape[0], groups, -1), axis=-1)[..., None]
     return jnp.where(code <= last, code, NEVER)
-
-
-def _length(length: int) -> np.int32:
-    """A divisor: the length of an axis, or 1 for an empty one."""
-    return np.int32(max(length, 1))
 
 
 def _per_head(name: str, x: jax.Array, dtype, length: int | None) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from scfa_jax import partitioning, remat, search
 from scfa_jax.kernels import _compat
@@ -64,6 +65,16 @@ def _sorted(sort: Callable, num_results: int, sides: Sequence[jax.Array]) -> tup
     flat = partitioning.split(at_once, ["bh."] * len(sides), ["bh."] * (len(sides) * num_results))(*sides)
     flat = remat.named_index(flat)
     return tuple(flat[i : i + num_results] for i in range(0, len(flat), num_results))
+
+
+def divided(codes: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Quotients and remainders of int32 `[B, N, L]`, none below 0, by a static length, taken as 1 if it is 0.
+
+    Split, since XLA for GPUs (JAX 0.11.2) fails to compile the division of a split result by a power of two on a mesh.
+    """
+    length = np.int32(max(length, 1))
+    parts = lambda x: (jax.lax.div(x, length), jax.lax.rem(x, length))
+    return partitioning.split(parts, ["bh."], ["bh."] * 2)(codes)
 
 
 def kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Array, jax.Array]:

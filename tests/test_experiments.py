@@ -130,7 +130,11 @@ def test_ctrl_c_begins_nothing_more(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(experiments, "train", train)
     monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
-    assert experiments.main(["tiny", "--runs", str(tmp_path), "--out", str(tmp_path)]) == 130
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert experiments.main(["tiny", "--runs", str(tmp_path), "--out", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert len(begun) == 1
     assert "interrupted" in capsys.readouterr().err
 

@@ -60,8 +60,10 @@ _EVALUATED = "--eval-every 250 --eval-tokens 1000000 --log-every 25 --checkpoint
 
 
 def _kinds(length: int) -> dict[str, str]:
-    """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for the paper's share of dropping and
-    for windows beside buckets, which come on top."""
+    """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for what the paper drops.
+
+    Windows beside buckets come on top.
+    """
     keys = length // 32  # of a query, in the mean
     selection = f"--sparsek-keys {keys // 2} --sparsek-window {keys // 2 - 32}"
     return {

@@ -175,10 +175,18 @@ class Rounds(Hash):
     Args:
         num_rounds: How many.
         chunk_size: Tokens in a chunk, or None for the default of `reformer_attention`.
+
+    Raises:
+        ValueError: There is a `window`, which the Reformer has not; or as in `Hash`.
     """
 
     num_rounds: int = 1
     chunk_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window:
+            raise ValueError(f"window must be 0 with rounds of the Reformer, got {self.window}.")
 
     def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> Draw:
         """Draws `rotations`, float32 `[R, K, H, num_buckets // 2]`; arguments as in `Hash.draw`."""

@@ -65,7 +65,8 @@ class ModelConfig:
     exclude_self: bool = True
     """Whether a token of a hash layer may not attend to itself."""
     hash_window: int = 0
-    """Positions up to its own that a token of a hash layer sees whatever their bucket; 0 for its bucket alone."""
+    """Positions up to its own (seen with --no-exclude-self alone) that a token of a hash layer sees whatever their
+    bucket; 0 for its bucket alone."""
     hash_before_rotary: bool = False
     """Whether a hash or reformer layer hashes before it rotates, so that buckets do not depend on positions."""
     num_rounds: int = 1

@@ -92,6 +92,13 @@ def query_offset(offset: Any) -> jax.Array:
     return jnp.clip(jnp.asarray(offset, jnp.int32), -OFFSET_LIMIT, OFFSET_LIMIT).reshape(-1, 1, 1)
 
 
+def earlier(offset: Any, by: Any) -> Any:
+    """A `query_offset` less `by`, which wraps around in no dtype that `query_offset` takes."""
+    if getattr(offset, "dtype", None) in (jnp.int32, jnp.int16, jnp.int8):
+        offset = jnp.clip(jnp.asarray(offset, jnp.int32), -OFFSET_LIMIT, OFFSET_LIMIT)
+    return offset - by
+
+
 def window(value: Any) -> jax.Array | None:
     """Checks the lengths of windows and returns them as int32 `[B or 1, N or 1, 1]`, or None for no window."""
     if value is None:

@@ -20,7 +20,7 @@ from scfa_jax.sorting import Implementation, iota
 # Places from which on a cache keeps the order, by what reads it: with fewer, reading all keys is about as fast.
 LEAST_ROOM = {
     "cpu": 2048,  # two cores of an AMD EPYC, 16 buckets, presets "cpu" and "bytes" of `python -m benchmarks.decoding`
-    "triton": 4096,  # an H200, preset "gpt2-small": 1% slower at 4,096 tokens, 22% faster at 16,384
+    "triton": 4096,  # an H200, preset "gpt2-small": 1% more time at 4,096 tokens, 22% less at 16,384
 }
 
 

@@ -241,13 +241,13 @@ def window_and_buckets(
     window, own = min(window, _checks.OFFSET_LIMIT), int(exclude_self)
     offset = options.pop("query_offset", 0)
     # Keys at or before a query that stands as far back are those before the window.
-    before = hash_index(
-        query_hash, key_hash, num_buckets=num_buckets, query_offset=offset - max(window, own), **options
-    )
+    offset_before = _checks.earlier(offset, max(window, own))
+    before = hash_index(query_hash, key_hash, num_buckets=num_buckets, query_offset=offset_before, **options)
     if window <= own:
         return [before]
     lengths = before.query_length, before.key_length
-    return [causal_index(*lengths, window=window - own, query_offset=offset - own, **options), before]
+    own_offset = _checks.earlier(offset, own)
+    return [causal_index(*lengths, window=window - own, query_offset=own_offset, **options), before]
 
 
 def longformer(
@@ -279,7 +279,7 @@ def longformer(
     """
     query_length, key_length = query_global.shape[-2], key_global.shape[-2]
     every_query = jnp.ones((query_length, 1), bool)
-    before = {**options, "query_offset": options.get("query_offset", 0) - window}
+    before = {**options, "query_offset": _checks.earlier(options.get("query_offset", 0), window)}
     return [
         causal_index(query_length, key_length, window=window, **options),
         keep_index(every_query, key_global, **before),
@@ -338,7 +338,8 @@ def big_bird(
     indices = [causal_index(query_length, key_length, window=window, query_offset=offset, **options)]
     if num_global:
         every_query, is_global = jnp.ones((query_length, 1), bool), (iota(key_length) < num_global)[:, None]
-        indices.append(keep_index(every_query, is_global, query_offset=offset - window, **options))
+        before = _checks.earlier(offset, window)
+        indices.append(keep_index(every_query, is_global, query_offset=before, **options))
     position = _checks.query_offset(offset)[:, 0] + iota(query_length)  # [B or 1, T]
     first_block = _checks.query_offset(offset)[:, 0] // block
     blocks = first_block + iota(num_tiles(query_length, block) + 1)

@@ -65,6 +65,8 @@ def attention_received(
         raise ValueError(f"key must have the length of query, {length}, got {key.shape[1]}.")
     if segment_ids is not None:
         segment_ids = _checks.segment_ids("segment_ids", segment_ids, length)
+        if segment_ids.shape[0] not in (1, query.shape[0]):
+            raise ValueError(f"segment_ids must be [1 or {query.shape[0]}, {length}], got shape {segment_ids.shape}.")
     index = causal_index(length, length, window=window, query_segment_ids=segment_ids, implementation=implementation)
     received = weight_sums(
         query,

@@ -7,6 +7,7 @@ Transformers". The definition here, for chunks of queries, is in the docstring o
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -171,7 +172,8 @@ def sparsek_attention(
         of_chunks = lead + jnp.pad(begins, ((0, 0), (0, 0), (0, chunk_size)))
         of_chunks = of_chunks[..., : num_chunks * chunk_size : chunk_size]
     highest, found = best_so_far(pool, options, begins=of_chunks)
-    row = line.key_rows((found - lead).reshape(*found.shape[:2], -1)).reshape(found.shape)
+    flat = (*found.shape[:2], math.prod(found.shape[2:]))
+    row = line.key_rows((found - lead).reshape(flat)).reshape(found.shape)
     row, is_candidate = (x.transpose(0, 2, 3, 1) for x in (row, highest > -jnp.inf))  # [B, M, C, K]
     by_chunk = lambda x, count: gather_rows(x, *(_one_axis(y[:, :, :count]) for y in (row, is_candidate)))
     chosen_scores = by_chunk(scores[..., None], options.num_candidates)[..., 0].reshape(row.shape)

@@ -19,7 +19,9 @@ if shutil.which("nvidia-smi"):
     first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(gpus)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(gpus[first:] + gpus[:first]))
 else:
+    # In one piece: each part that a program is cut into for several cores is compiled with a cost of its own.
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    cheap += " --xla_cpu_parallel_codegen_split_count=1"
     if importlib.metadata.version("jaxlib") < "0.11":  # unknown to later ones; each compiles in a third of the time
         cheap += " --xla_cpu_use_fusion_emitters=false"
     several_devices = "--xla_force_host_platform_device_count=8"  # for meshes; all else runs on the first

@@ -25,7 +25,7 @@ GROUPED = {"num_key_value_heads": 2, "share_query_key": False}
 KINDS = {
     "learned": (LearnedHash(4), {}),
     "k-means, grouped own keys": (KMeansHash(4, exclude_self=False, before_rotary=True), GROUPED),
-    "permutation beside a window, grouped": (PermutationHash(4, window=5), {"num_key_value_heads": 2}),
+    "permutation, grouped": (PermutationHash(4), {"num_key_value_heads": 2}),
     "score, grouped": (KeepTop(0.4, "learned"), GROUPED),
 }
 each_kind = pytest.mark.parametrize("name", KINDS)

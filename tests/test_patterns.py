@@ -262,3 +262,13 @@ def test_bad_arguments_are_named(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("offset", [0, np.int8(0), np.array(0, np.int16), np.array(-(2**31), np.int32)], ids=repr)
+def test_what_lies_before_a_window_is_found_at_offsets_of_any_dtype(offset):
+    """Nothing does here, however long the window is and wherever its length would wrap around."""
+    one = np.zeros((4, 1), np.int32)
+    _, before = patterns.window_and_buckets(one, None, 2**15, num_buckets=2, query_offset=offset)
+    _, *globals_before = patterns.longformer(one == 0, one == 0, 2**15, query_offset=offset)
+    for index in (before, *globals_before):
+        assert (np.asarray(index.high) < np.asarray(index.low)).all()

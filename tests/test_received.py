@@ -121,6 +121,8 @@ def test_bad_arrays_are_named():
         scfa_jax.attention_received(query[:, :40], key, window=6)
     with pytest.raises(ValueError, match=r"segment_ids must be \[B, 45\] or \[45\], got shape \(2, 44\)"):
         scfa_jax.attention_received(query, key, window=6, segment_ids=jnp.zeros((2, 44), jnp.int32))
+    with pytest.raises(ValueError, match=r"segment_ids must be \[1 or 2, 45\], got shape \(3, 45\)"):
+        scfa_jax.attention_received(query, key, window=6, segment_ids=jnp.zeros((3, 45), jnp.int32))
     with pytest.raises(ValueError, match="window must be at least 0, got -1"):
         scfa_jax.attention_received(query, key, window=-1)
     with pytest.raises(TypeError, match=r"key must have the dtype of query, float32, got bfloat16"):

@@ -13,6 +13,7 @@ from tolerance import plain_attention
 
 import scfa_jax
 from models import reformer
+from models.attention import Rounds
 from models.reformer import default_chunk_size, reformer_attention
 
 BUCKETS = 4
@@ -216,3 +217,8 @@ def test_what_does_not_fit_is_named(change, named):
     arguments = {"query": query, "value": value, "buckets": buckets, "num_buckets": BUCKETS, **change}
     with pytest.raises(ValueError, match=named):
         reformer_attention(**arguments)
+
+
+def test_rounds_have_no_window():
+    with pytest.raises(ValueError, match="window must be 0 with rounds of the Reformer, got 3"):
+        Rounds(4, window=3)

@@ -25,7 +25,8 @@ COLLECTIVE = re.compile(r" = .*\b(all-gather|all-reduce|all-to-all|collective-pe
 IMPLEMENTATION = None if HAS_GPU else "xla"
 HOW = {"implementation": IMPLEMENTATION, "block_sizes": SMALL_BLOCKS}
 ON_HEADS = P("data", None, "model")
-SHAPE = Shape(2, 32, 32, 8, 4, 16)  # lengths by which XLA divides in its own way: see `scfa_jax.sorting.divided`
+SHAPE = Shape(2, 40, 40, 8, 4, 16)
+POWER_OF_2 = Shape(2, 32, 32, 8, 4, 16)  # XLA divides by such lengths in its own way: see `scfa_jax.sorting.divided`
 SIZES = next(sizes for sizes in ((2, 4), (2, 2), (1, 2), (1, 1)) if sizes[0] * sizes[1] <= jax.device_count())
 
 
@@ -90,7 +91,7 @@ def with_segments(attend):
     ("kind", "pattern", "options"),
     [
         (AxisType.Auto, "hash", {}),
-        (AxisType.Auto, "hash", {"promise": 4}),
+        (AxisType.Auto, "hash", {"promise": 4, "shape": POWER_OF_2}),
         (AxisType.Auto, "keep", {}),
         (AxisType.Explicit, "causal", {}),
         (AxisType.Explicit, "range", {}),

@@ -10,6 +10,7 @@ from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scfa_jax
 from scfa_jax.kernels import triton_sort
 
 
@@ -47,3 +48,10 @@ def test_under_x64():
         codes = triton_sort.sorted_codes(jnp.asarray(ids), 3, interpret=True)
     assert codes.dtype == jnp.int32
     np.testing.assert_array_equal(codes, np.sort(ids * 300 + np.arange(300)))
+
+
+def test_codes_are_taken_apart_where_they_are_split():
+    """On a mesh XLA for GPUs fails to compile what divides them by a power of two elsewhere (JAX 0.11.2)."""
+    ids = jax.ShapeDtypeStruct((2, 64, 4), jnp.int32)
+    traced = jax.make_jaxpr(lambda ids: scfa_jax.hash_index(ids, num_buckets=4))(ids)
+    assert not {equation.primitive.name for equation in traced.eqns} & {"div", "rem"}

@@ -333,3 +333,10 @@ def test_bad_arrays_are_named():
         scfa_jax.sparsek_gates(jnp.ones(4), 2, where=jnp.ones(4))
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         scfa_jax.sparsek_gates(jnp.ones(4), -1)
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 2, 16), (2, 0, 2, 16)], ids=str)
+def test_nothing_gives_nothing(shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    attend = lambda x: scfa_jax.sparsek_attention(x, x, x, x[..., 0], num_keys=8, window=8, chunk_size=32)
+    assert jax.eval_shape(attend, x).shape == shape

@@ -141,8 +141,8 @@ class Hash(Sparsity):
         Returns:
             Likewise.
         """
-        last = query_position - int(self.exclude_self)
-        seen = (query_marks["hash"] == key_marks["hash"]) | (query_position - key_position < self.window)
+        last, window = query_position - int(self.exclude_self), min(self.window, _checks.OFFSET_LIMIT)
+        seen = (query_marks["hash"] == key_marks["hash"]) | (query_position - key_position < window)
         return (key_position <= last) & seen
 
     def keeps_order(self, max_length: int, head_dim: int) -> bool:

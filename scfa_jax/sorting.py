@@ -72,8 +72,8 @@ def divided(codes: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
 
     Split, since XLA for GPUs (JAX 0.11.2) fails to compile the division of a split result by a power of two on a mesh.
     """
-    length = np.int32(max(length, 1))
-    parts = lambda x: (jax.lax.div(x, length), jax.lax.rem(x, length))
+    divisor = np.int32(max(length, 1))
+    parts = lambda x: (jax.lax.div(x, divisor), jax.lax.rem(x, divisor))
     return partitioning.split(parts, ["bh."], ["bh."] * 2)(codes)
 
 

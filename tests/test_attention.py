@@ -35,7 +35,16 @@ def check(case: Case, implementation, **more):
     assert_as_exact_as_plain(case.compiled(**{**options(implementation), **more}), *arrays, case.mask, scale=scale)
 
 
-@pytest.mark.parametrize(("pattern", "dtype"), CHOSEN, ids=lambda x: getattr(x, "__name__", x))
+INTERPRETER = "triton_interpret"  # slow: where one pattern stands for others in it, plain JAX and a GPU run all
+EXACT = [
+    (implementation, pattern, dtype)
+    for implementation in IMPLEMENTATIONS
+    for pattern, dtype in CHOSEN
+    if implementation != INTERPRETER or dtype == jnp.float32 or pattern in ("causal", "hash")
+]
+
+
+@pytest.mark.parametrize(("implementation", "pattern", "dtype"), EXACT, ids=lambda x: getattr(x, "__name__", x))
 def test_results_and_gradients_are_as_exact_as_plain_attention(implementation, pattern, dtype):
     for case in chosen_cases(pattern, dtype):
         check(case, implementation)
@@ -49,8 +58,9 @@ def test_random_cases_are_as_exact_as_plain_attention(implementation, pattern, d
     check(data.draw(drawn_cases(pattern)), implementation)
 
 
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "xla"])
 @pytest.mark.parametrize("head_dim", [72, 256])
-def test_head_sizes(implementation, head_dim):
+def test_head_sizes_of_kernels(implementation, head_dim):
     shape = Shape(1, 40, 40, 1, 1, head_dim)
     check(make_case("hash", np.random.default_rng(head_dim), shape, jnp.float32, kind="2"), implementation)
 
@@ -73,7 +83,7 @@ def test_large_scores_do_not_overflow(implementation, pattern):
 
 
 def test_default_block_sizes(implementation):
-    for pattern in ("causal", "hash"):
+    for pattern in ("hash",) if implementation == INTERPRETER else ("causal", "hash"):
         case = make_case(pattern, np.random.default_rng(5), Shape(1, 150, 170, 2, 1, 16), jnp.bfloat16)
         check(case, implementation, block_sizes=None)
 
@@ -350,8 +360,8 @@ def test_under_x64(implementation):
     want = run(case, implementation)
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         got = run(case, implementation)
-        again = make_case("range", np.random.default_rng(20), Shape(), jnp.float32)
-        run(again, implementation)
+        if implementation != INTERPRETER:
+            run(make_case("range", np.random.default_rng(20), Shape(), jnp.float32), implementation)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)

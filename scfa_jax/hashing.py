@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import string
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks
+from scfa_jax import _checks, partitioning
 
 
 def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
@@ -203,5 +205,7 @@ def check_hashed(x: jax.Array, name: str, by: jax.Array, layout: str) -> None:
 def _projected(x: jax.Array, rotations: jax.Array) -> jax.Array:
     """float32 `[..., T, N, num_buckets // 2]`, at the highest precision."""
     check_hashed(x, "rotations", rotations, "N, H, num_buckets // 2")
-    x, rotations = x.astype(jnp.float32), rotations.astype(jnp.float32)
+    x, rotations = (jnp.asarray(array, jnp.float32) for array in (x, rotations))
+    leading = string.ascii_uppercase[: x.ndim - 3]
+    x, rotations = partitioning.aligned([x, rotations], [f"{leading}tn.", "n.."])  # or heads would come together
     return jnp.einsum("...tnh,nhr->...tnr", x, rotations, precision=jax.lax.Precision.HIGHEST)

@@ -115,6 +115,16 @@ def test_each_device_attends_to_its_own_part(kind, pattern, options):
     assert all(x.sharding.is_equivalent_to(arrays[0].sharding, 4) for x in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_each_device_hashes_its_own_part(kind):
+    """By rotations that every device has, too."""
+    mesh, x = mesh_of(kind), case_of("hash").query
+    rotations = scfa_jax.random_rotations(jax.random.key(0), SHAPE.heads, SHAPE.head_dim, num_buckets=4)
+    got, collectives = run(mesh, scfa_jax.lsh_hash, sharded(mesh, x), sharded(mesh, rotations, P()))
+    np.testing.assert_array_equal(got, scfa_jax.lsh_hash(x, rotations))
+    assert not collectives
+
+
 @pytest.mark.parametrize(("kind", "num_sinks"), [(AxisType.Auto, 2), (AxisType.Explicit, 0)])
 def test_windows_of_each_head_on_parts(kind, num_sinks):
     """In segments, with sinks and without."""

@@ -57,7 +57,7 @@ class Options:
     steps: int = 4
     """Steps of a case in a round."""
     compile_seconds: float = 240.0
-    """What is not compiled by then is left out, and the results say so."""
+    """What is not compiled by then, or cannot be, is left out, and the results say so."""
     seconds: float = 420.0
     """No round begins after so many seconds in all."""
     dtype: str | None = None
@@ -104,7 +104,7 @@ def measure(options: Options, dtype: str) -> tuple[list[dict[str, Any]], list[st
         dtype: Of the computation.
 
     Returns:
-        A row for each case, with the ratios to one device, and the names of the cases that were not compiled in time.
+        A row for each case, with the ratios to one device, and the names of the cases that were not compiled, with why.
     """
     begin = time.monotonic()
     config = configuration(options.preset, options.kind, dtype)
@@ -114,8 +114,15 @@ def measure(options: Options, dtype: str) -> tuple[list[dict[str, Any]], list[st
     futures: dict[Case, Future[Ready]] = {case: pool.submit(prepare, case, options, model, state) for case in todo}
     wait(futures.values(), timeout=options.compile_seconds)
     pool.shutdown(wait=False, cancel_futures=True)
-    left_out = [_name(case) for case, future in futures.items() if not future.done() or future.cancelled()]
-    ready = {case: future.result() for case, future in futures.items() if _name(case) not in left_out}
+    left_out, ready = [], {}
+    for case, future in futures.items():
+        if not future.done() or future.cancelled():
+            left_out.append(f"{_name(case)}: not compiled within {options.compile_seconds:.0f} s")
+        elif error := future.exception():
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            left_out.append(f"{_name(case)}: {said[:200]}")
+        else:
+            ready[case] = future.result()
     return _with_ratios(_take_turns(options, ready, begin + options.seconds), options), left_out
 
 
@@ -247,10 +254,10 @@ def main() -> int:
     results.write(folder / "scaling.json", record)
     plot(record, folder / "scaling.png")
     print(table(rows))
-    if left_out:
-        print(f"not compiled within {options.compile_seconds:.0f} s: {'; '.join(left_out)}")
+    for said in left_out:
+        print(f"left out: {said}")
     print(f"wrote {folder / 'scaling.json'}, {folder / 'scaling.png'}")
-    return 0
+    return int(bool(left_out))
 
 
 if __name__ == "__main__":

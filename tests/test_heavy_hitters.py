@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATIONS
 from flax import nnx
-from module_cases import BATCH, HEADS, LENGTH, SEED, assert_close, outputs_and_gradients, turned
+from module_cases import HEADS, LENGTH, assert_close, outputs_and_gradients, turned
 from module_cases import WIDE_FEATURES as FEATURES
 from module_cases import wide_tokens as tokens
+from selecting_cases import assert_decodes_with_a_cache_of_constant_size, assert_linen_is_the_same_layer
 
-import scfa_jax.linen
 import scfa_jax.nnx
 from models import ModelConfig, Transformer
 from scfa_jax import reference
@@ -82,35 +82,11 @@ def test_later_tokens_change_neither_earlier_outputs_nor_receive_their_gradients
 
 
 def test_decoding_equals_the_whole_with_a_cache_of_constant_size():
-    """Single tokens and more at once, wherever chunks begin, past the length that the cache was made for."""
-    graph, params, _ = parts()
-    module = nnx.merge(graph, params, nnx.State({}))
-    module.init_cache((BATCH, 12, FEATURES))
-    graph, cache, rest = nnx.split(module, nnx.Cache, ...)
-    sizes = jax.tree.map(jnp.shape, nnx.to_pure_dict(cache))
-    assert sizes["cached_key"] == (BATCH, KIND.window - 1 + KIND.chunk_size, 2, FEATURES // HEADS)
-
-    @jax.jit
-    def step(cache, x):
-        module = nnx.merge(graph, cache, rest)
-        return module(x, decode=True), nnx.state(module, nnx.Cache)
-
-    outputs, start = [], 0
-    for length in (8, *(1,) * 8, 8):
-        output, cache = step(cache, np.asarray(tokens())[:, start : start + length])
-        outputs.append(output)
-        start += length
-    assert start == LENGTH
-    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(cache)) == sizes
-    assert_close(np.concatenate(outputs, axis=1), results()(tokens())[0])
+    assert_decodes_with_a_cache_of_constant_size(parts(), KIND, results()(tokens())[0])
 
 
-def test_linen_has_the_same_parameters_and_cache():
-    module = scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, decode=True, **OPTIONS)
-    shapes = jax.eval_shape(module.init, SEED, tokens())
-    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, parameters())
-    empty = KIND.empty_cache(module.bind({"params": parameters()}).layout, BATCH, jnp.float32)
-    assert jax.tree.map(jnp.shape, shapes["cache"]) == jax.tree.map(jnp.shape, empty)
+def test_linen_is_the_same_layer():
+    assert_linen_is_the_same_layer(parameters(), KIND, OPTIONS, results()(tokens())[0])
 
 
 def test_the_language_model_has_it():

@@ -23,15 +23,26 @@ def test_a_tiny_run_writes_its_table_results_and_plot(tmp_path, monkeypatch, cap
     tiny = ModelConfig(layers=1, width=16, heads=2, attention="identity")
     monkeypatch.setitem(PRESETS, "cpu", tiny)
     monkeypatch.setattr(scaling, "VOCABULARY", 64)
-    arguments = "--preset cpu --kind identity --length 16 --weak 1 --strong 2 --meshes model=2 --rounds 1 --steps 2"
+    arguments = (
+        "--preset cpu --kind identity --length 16 --weak 1 --strong 2 --meshes model=2 data=2 --rounds 1 --steps 2"
+    )
     arguments += " --dtype float32"  # sums in bfloat16 differ where devices share them
+    prepare = scaling.prepare
+
+    def prepare_all_but_one(case, *rest):
+        if case.mesh == "data=2":
+            raise RuntimeError("cannot be compiled\nfor many reasons")
+        return prepare(case, *rest)
+
+    monkeypatch.setattr(scaling, "prepare", prepare_all_but_one)
     monkeypatch.setattr(sys, "argv", ["scaling", *arguments.split(), "--out", str(tmp_path)])
-    assert scaling.main() == 0
+    assert scaling.main() == 1
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "scaling.json").read_text())
     one, two, both = record["rows"]
     assert [(row["mesh"], row["sequences"]) for row in record["rows"]] == [("one", 1), ("one", 2), ("model=2", 2)]
-    assert (record["left_out"], one["weak"], two["strong"]) == ([], 1, 1)
+    assert record["left_out"] == ["data=2, 2 sequences: RuntimeError: cannot be compiled"]
+    assert (one["weak"], two["strong"]) == (1, 1)
     assert both["weak"] == pytest.approx(both["tokens_per_second"] / one["tokens_per_second"], abs=1e-3)
     assert both["strong"] == pytest.approx(two["step_ms"] / both["step_ms"], abs=1e-3)
     assert both["first_losses"] == pytest.approx(two["first_losses"], rel=1e-5)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATIONS
 from flax import nnx
-from module_cases import BATCH, HEADS, LENGTH, SEED, assert_close, turned
+from module_cases import HEADS, LENGTH, assert_close, turned
 from module_cases import WIDE_FEATURES as FEATURES
 from module_cases import wide_tokens as tokens
+from selecting_cases import assert_decodes_with_a_cache_of_constant_size, assert_linen_is_the_same_layer
 
-import scfa_jax.linen
 import scfa_jax.nnx
 from models import ModelConfig, Transformer
 from scfa_jax import reference
@@ -71,41 +71,13 @@ def test_later_tokens_change_neither_earlier_outputs_nor_receive_their_gradients
 
 
 def test_decoding_equals_the_whole_with_a_cache_of_constant_size():
-    """A prompt, single tokens and more at once, wherever chunks begin, past the length that the cache was made for."""
-    graph, params, _ = parts()
-    module = nnx.merge(graph, params, nnx.State({}))
-    module.init_cache((BATCH, 12, FEATURES))
-    graph, cache, rest = nnx.split(module, nnx.Cache, ...)
-    sizes = jax.tree.map(jnp.shape, nnx.to_pure_dict(cache))
-    assert sizes["cached_key"] == (BATCH, KIND.window - 1 + KIND.chunk_size, 2, FEATURES // HEADS)
-
-    @jax.jit
-    def step(cache, x):
-        module = nnx.merge(graph, cache, rest)
-        return module(x, decode=True), nnx.state(module, nnx.Cache)
-
-    outputs, start = [], 0
-    for length in (8, *(1,) * 8, 8):
-        output, cache = step(cache, np.asarray(tokens())[:, start : start + length])
-        outputs.append(output)
-        start += length
-    assert start == LENGTH
-    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(cache)) == sizes
     whole, *_ = outputs_and_gradients(parameters(), tokens(), tokens(1))
-    assert_close(np.concatenate(outputs, axis=1), whole)
+    assert_decodes_with_a_cache_of_constant_size(parts(), KIND, whole)
 
 
 def test_linen_is_the_same_layer():
-    module = scfa_jax.linen.CausalSelfAttention(FEATURES, HEADS, decode=True, **OPTIONS)
-    shapes = jax.eval_shape(module.init, SEED, tokens())
-    params = nnx.to_pure_dict(parameters())
-    assert jax.tree.map(jnp.shape, shapes["params"]) == jax.tree.map(jnp.shape, params)
-    empty = KIND.empty_cache(module.bind({"params": params}).layout, BATCH, jnp.float32)
-    assert jax.tree.map(jnp.shape, shapes["cache"]) == jax.tree.map(jnp.shape, empty)
-    apply = jax.jit(functools.partial(module.apply, mutable=["cache"]))
-    outputs, _ = apply({"params": params, "cache": empty}, tokens())
     whole, *_ = outputs_and_gradients(parameters(), tokens(), tokens(1))
-    assert_close(outputs, whole)
+    assert_linen_is_the_same_layer(nnx.to_pure_dict(parameters()), KIND, OPTIONS, whole)
 
 
 def test_the_language_model_has_it():

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import sparsek_state
-from scfa_jax.sparsek import Selection, sparsek_attention
+from scfa_jax.sparsek import Selection
 from scfa_jax.sparsek_state import SparseKState
-from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Projections, Sparsity
+from scfa_jax.sparsity.base import Implementation, Layout, Marks, Operands, Projections
+from scfa_jax.sparsity.selecting import Selecting
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseK(Sparsity):
+class SparseK(Selecting):
     """Attention to a window and to the highest-scored keys before it: SparseK attention.
 
     Source: Lou et al. 2024, "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range
@@ -45,10 +45,8 @@ class SparseK(Sparsity):
     num_candidates: int | None = None
     slope: float = 0.0
 
-    caches_every_token = False
-
     def __post_init__(self):
-        self._selection()
+        super().__post_init__()
         if isinstance(self.slope, bool) or not isinstance(self.slope, int | float | np.number):
             raise TypeError(f"slope must be a static number, got {self.slope!r}.")
         if not math.isfinite(self.slope):
@@ -89,61 +87,23 @@ class SparseK(Sparsity):
         wide = (x.astype(jnp.float32) for x in (tokens, score_kernel))
         return {}, {"score": jnp.einsum("bte,ek->btk", *wide, precision=jax.lax.Precision.HIGHEST)}
 
-    def mask(
-        self, query_marks: Marks, key_marks: Marks, query_position: jax.Array, key_position: jax.Array
-    ) -> jax.Array:
-        """Raises: gates are no mask; the dense definition is `scfa_jax.reference.sparsek_attention`.
-
-        Args:
-            query_marks: As in `Sparsity.mask`.
-            key_marks: Likewise.
-            query_position: Likewise.
-            key_position: Likewise.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("SparseK multiplies keys and values by gates: see reference.sparsek_attention.")
-
-    def attend(self, operands: Operands, **options: Any) -> jax.Array:
-        """Calls `sparsek_attention`.
-
-        Args:
-            operands: What attends to what.
-            **options: As in `Sparsity.attend`.
-
-        Returns:
-            `[B, T, N, H]` in the dtype of the query.
-        """
-        query, key, value = operands[:3]
-        options["segment_ids"] = options.pop("query_segment_ids", None)
-        output: Any = sparsek_attention(
-            query, key, value, self._scores(operands), **dataclasses.asdict(self._selection()), **options
-        )
-        return output
-
-    def empty_cache(self, layout: Layout, batch_size: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
-        """Makes a `SparseKState` without tokens; arguments and result as in `Sparsity.empty_cache`."""
-        heads, head_dim = layout.num_key_value_heads, layout.head_dim
-        return sparsek_state.empty_state(self._selection(), batch_size, heads, head_dim, dtype)._asdict()
-
-    def attend_next(
-        self, cache: dict[str, jax.Array], operands: Operands, *, implementation: Implementation
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attends from the tokens after those of a `SparseKState`; all as in `Sparsity.attend_next`."""
-        output, state = sparsek_state.attend_next(
-            SparseKState(**cache),
-            *operands[:3],
-            self._scores(operands, cache["cache_index"]),
-            self._selection(),
-            implementation=implementation,
-        )
-        return output, state._asdict()
-
-    def _selection(self) -> Selection:
+    def selection(self) -> Selection:
+        """As in `Selecting.selection`."""
         return Selection.of(self.num_keys, self.window, self.chunk_size, self.num_candidates)
 
-    def _scores(self, operands: Operands, start: jax.Array | int = 0) -> jax.Array:
+    def scores(self, operands: Operands, **options: Any) -> jax.Array:
+        """Those of the marks, with the slope; all as in `Selecting.scores`."""
+        del options
+        return self._with_slope(operands, 0)
+
+    def next_scores(
+        self, state: SparseKState, operands: Operands, implementation: Implementation
+    ) -> tuple[SparseKState, jax.Array]:
+        """The same, from the state's next position on; all as in `Selecting.next_scores`."""
+        del implementation
+        return state, self._with_slope(operands, state.cache_index)
+
+    def _with_slope(self, operands: Operands, start: jax.Array | int) -> jax.Array:
         assert operands.key_marks is not None
         score = operands.key_marks["score"]
         return score + self.slope * (start + jnp.arange(score.shape[1]))[:, None].astype(jnp.float32)

@@ -132,7 +132,8 @@ def prepare(case: Case, options: Options, model: LanguageModel, state: TrainStat
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCABULARY, (options.steps, case.sequences, options.length + 1)).astype(np.uint16)
     batches = [place_rows(mesh, Batch(x, None), case.sequences) for x in tokens]
-    own = jax.device_put(state, None if mesh is None else shardings(mesh, state), may_alias=False)
+    # From the host, since each case donates its own: device_put may share what is on a device already.
+    own = jax.device_put(jax.device_get(state), None if mesh is None else shardings(mesh, state))
     start = time.monotonic()
     step = lower_step(mesh, model, OPTIMIZER, own, batches[0]).compile()
     return Ready(step, own, batches, time.monotonic() - start)

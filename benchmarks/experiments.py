@@ -78,6 +78,7 @@ def _kinds(length: int) -> dict[str, str]:
         "reformer": "--attention reformer",
         "qk-30": "--attention qk --drop-rate 0.3",
         "qk-75": "--attention qk --drop-rate 0.75",
+        "qk-75-always": "--attention qk --drop-rate 0.75 --drop-at-evaluation",
         "topk-norm": "--attention topk --drop-rate 0.9375",
         "topk-learned": "--attention topk --drop-rate 0.9375 --keep-score learned",
         "sparsek": f"--attention sparsek {selection}",
@@ -110,6 +111,24 @@ EXPERIMENTS = {
             "dense-shared": "--attention dense --share-query-key True --normalize-key True",
             "dense-hash": "--attention dense,hash",
             "window-hash": "--attention window,hash --window 256",
+        },
+    ),
+    # The same time, not the same steps: each decays its learning rate over the steps that took as long in bytes-8k as
+    # those of dense.
+    "bytes-8k-time": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_LONG_TEXT} {_EVALUATED} --batch-size 4 --seq-len 8192 --warmup 200",
+        {
+            name: f"{_kinds(8192)[name]} --steps {steps}"
+            for name, steps in (
+                ("dense", 4000),
+                ("strided", 7200),
+                ("window", 6900),
+                ("hash-window-own-keys", 6400),
+                ("qk-30", 5250),
+                ("sparsek", 4450),
+                ("hash", 8450),
+            )
         },
     ),
     "bytes-16k": Experiment(

@@ -68,7 +68,7 @@ def make_attention(
             CausalSelfAttention,
             HASHES[config.hash](buckets, config.exclude_self, before_rotary, window=config.hash_window),
         ),
-        "qk": (CausalSelfAttention, Drop(config.drop_rate)),
+        "qk": (CausalSelfAttention, Drop(config.drop_rate, config.drop_at_evaluation)),
         "topk": (CausalSelfAttention, KeepTop(1 - config.drop_rate, config.keep_score)),
         "sparsek": (CausalSelfAttention, SparseK(*selection, slope=config.sparsek_slope)),
         "heavy": (CausalSelfAttention, HeavyHitters(*selection)),

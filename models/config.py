@@ -75,6 +75,8 @@ class ModelConfig:
     """Tokens in a chunk of a reformer layer; None: twice as many as are in a bucket on average."""
     drop_rate: float = 0.3
     """Share of queries and of keys that a qk layer drops while training, and of keys that a topk layer always drops."""
+    drop_at_evaluation: bool = False
+    """Whether a qk layer drops as many where it is evaluated or samples; otherwise it keeps everything there."""
     drop_warmup: int = 0
     """Training steps in which the share of what is dropped grows from 0 to --drop-rate."""
     keep_score: Literal["norm", "learned"] = "norm"

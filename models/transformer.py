@@ -86,14 +86,23 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             block.attention.init_cache((batch, max_length, self.config.width))
 
-    def draw(self, batch: int, length: int, key: jax.Array | None, step: jax.Array | int | None = None) -> list[Draw]:
+    def draw(
+        self,
+        batch: int,
+        length: int,
+        key: jax.Array | None,
+        step: jax.Array | int | None = None,
+        start: jax.Array | int = 0,
+    ) -> list[Draw]:
         """What every layer hashes and drops by.
 
         Args:
             batch: `B`.
             length: `T`.
-            key: Of a new draw; None for that of evaluation, where nothing is dropped.
+            key: Of a new draw; None for that of evaluation, the same every time. There nothing is dropped, unless the
+                config says so.
             step: The training step, for a rate of dropping that depends on it; an int or int32 `[]`.
+            start: The first token's position, on which alone depends what evaluation drops; an int or int32 `[]`.
 
         Returns:
             One entry a layer, for `features`.
@@ -106,6 +115,9 @@ class Transformer(nnx.Module):
             own = None if key is None else jax.random.fold_in(key, layer)
             if kind == "qk" and own is not None:
                 draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
+            elif kind == "qk" and self.config.drop_at_evaluation:
+                own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), layer), start)
+                draws.append(draw_kept(own, self.config.drop_rate, batch, length, self.config.heads))
             elif kind == "topk" and own is not None:
                 draws.append({"fraction": jnp.asarray(1 - drop_rate(self.config, step), jnp.float32)})
             elif own is not None and not kind_of(block.attention.sparsity).draws(deterministic=False):
@@ -133,7 +145,7 @@ class Transformer(nnx.Module):
         Args:
             tokens: int `[B, T]`.
             key: For training: draws new hashes and drops tokens. None for evaluation: the hashes that the
-                model was made with, nothing dropped.
+                model was made with, and what `draw` drops then.
             step: The training step, as `draw` takes it.
             draws: What `draw` returned, instead of `key` and `step`.
             segment_ids: int32 `[B, T]`: tokens attend inside their own segment alone, as when documents share a
@@ -150,9 +162,10 @@ class Transformer(nnx.Module):
         batch, length = tokens.shape
         if decode and self.cache_index is None:
             raise ValueError("There is no cache to decode with: call init_cache(batch, max_length) first.")
-        x = self.embed(tokens, self.cache_index[...] if decode else 0)
+        start = self.cache_index[...] if decode else 0
+        x = self.embed(tokens, start)
         # Drawn out here: a rematerialised block must see the same draw when it is computed again.
-        draws = self.draw(batch, length, key, step) if draws is None else draws
+        draws = self.draw(batch, length, key, step, start) if draws is None else draws
         for block, draw in zip(self.blocks, draws, strict=True):
             if decode:  # writes to the block's cache, and has no backward pass
                 x = block(x, draw, segment_ids, decode=True)

@@ -272,6 +272,33 @@ def test_the_rate_of_dropping_grows_with_the_step_and_does_not_recompile():
 
 
 @pytest.mark.skipif(HAS_GPU, reason="for a GPU XLA merges small products, and they cannot be counted")
+def test_evaluation_drops_the_same_every_time_if_asked_to(tokens):
+    model, whole = (make(attention="qk", drop_rate=0.5, drop_at_evaluation=x) for x in (True, False))
+    kept = model.draw(2, 500, None)
+    assert [set(draw) for draw in kept] == [{"query_keep", "key_keep"}] * 3 and whole.draw(2, 500, None) == [{}] * 3
+    shares = [float(keep.mean()) for draw in kept for keep in draw.values()]
+    np.testing.assert_allclose(shares, 0.5, atol=0.08)
+    jax.tree.map(np.testing.assert_array_equal, kept, model.draw(2, 500, None))
+    assert (kept[0]["key_keep"] != kept[1]["key_keep"]).any()
+    assert (kept[0]["key_keep"] != model.draw(2, 500, None, start=500)[0]["key_keep"]).any()
+
+    logits = logits_of(model, tokens)
+    np.testing.assert_array_equal(logits, logits_of(model, tokens, draws=model.draw(2, LENGTH, None)))
+    assert np.abs(logits - logits_of(whole, tokens)).max() > 1e-3
+
+
+def test_decoding_drops_what_evaluation_may(tokens):
+    """Every token draws anew, so that one pass over the whole with what they drew gives the same."""
+    model = make(attention="qk", layers=2, drop_rate=0.5, drop_at_evaluation=True)
+    drawn = [model.draw(2, 1, None, start=place) for place in range(LENGTH)]
+    draws = jax.tree.map(lambda *keeps: jnp.concatenate(keeps, axis=1), *drawn)
+    whole = logits_of(model, tokens, draws=draws)
+    model.init_cache(2, LENGTH)
+    step = nnx.jit(lambda model, token: model(token, decode=True))
+    for place in range(LENGTH):
+        np.testing.assert_allclose(step(model, tokens[:, place : place + 1])[:, 0], whole[:, place], atol=1e-5)
+
+
 def test_without_attention_values_pass_and_the_other_projections_still_run():
     attention = make(attention="identity", layers=1).blocks[0].attention
     x = jax.random.normal(jax.random.key(0), (1, LENGTH, 32))

@@ -99,7 +99,7 @@ def _with_another_seed(runs: Mapping[str, str], names: Sequence[str]) -> dict[st
 
 _PAPERS = {name: _kinds(8192)[name] for name in ("dense", "hash", "qk-30", "reformer")}
 _BPE = (
-    "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --steps 1500 --warmup 150 --sample-length 0"
+    "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --warmup 150 --sample-length 0"
 )
 
 EXPERIMENTS = {
@@ -138,12 +138,12 @@ EXPERIMENTS = {
     ),
     "bpe-8k": Experiment(
         "wikipedia_long.jsonl.gz",
-        f"{_BPE} {_EVALUATED} --batch-size 4 --seq-len 8192",
+        f"{_BPE} {_EVALUATED} --batch-size 4 --seq-len 8192 --steps 1500",
         _PAPERS,
     ),
     "bpe-16k": Experiment(
         "wikipedia_long.jsonl.gz",
-        f"{_BPE} {_EVALUATED} --batch-size 2 --seq-len 16384",
+        f"{_BPE} {_EVALUATED} --batch-size 2 --seq-len 16384 --steps 1000",
         _PAPERS,
     ),
     "mnist": Experiment(

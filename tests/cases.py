@@ -87,6 +87,13 @@ def _compiled(operator, static):
     return jax.jit(results)
 
 
+# Masks in one program each: as so many steps they would be as many programs for each shape.
+causal_mask = jax.jit(reference.causal_mask, static_argnums=(0, 1))
+hash_mask = jax.jit(reference.hash_mask, static_argnames="exclude_self")
+keep_mask = jax.jit(reference.keep_mask)
+range_mask = jax.jit(reference.range_mask, static_argnums=2)
+segment_mask = jax.jit(reference.segment_mask)
+
 PATTERNS = ("causal", "hash", "shared_hash", "keep", "range")
 
 # Few enough that compiled code is met again, odd enough that no length is a multiple of anything.
@@ -101,9 +108,8 @@ SHAPES = (
 
 def arrays(rng: np.random.Generator, shape: Shape, dtype, spread: float = 1.0):
     """Query, key and value with normal entries of a standard deviation of `spread`."""
-    return tuple(
-        jnp.asarray(rng.normal(size=s) * spread, jnp.float32).astype(dtype) for s in (shape.query, shape.key, shape.key)
-    )
+    normal = lambda size: (rng.normal(size=size) * spread).astype(np.float32)
+    return tuple(jnp.asarray(normal(size).astype(dtype)) for size in (shape.query, shape.key, shape.key))
 
 
 def bucket_ids(rng: np.random.Generator, size, kind: str):
@@ -124,7 +130,7 @@ def hash_case(rng, shape, dtype, *, kind="4", exclude_self=False, promise=None, 
     query_hash = jnp.asarray(bucket_ids(rng, shape.query[:3], kind))
     key_hash = query_hash if shared else jnp.asarray(bucket_ids(rng, shape.key[:3], kind))
     options = {"exclude_self": exclude_self, "query_offset": offset}
-    mask = reference.hash_mask(query_hash, key_hash, **options)
+    mask = hash_mask(query_hash, key_hash, **options)
     if promise is not None:
         options["num_buckets"] = promise
     pattern = (query_hash,) if shared else (query_hash, key_hash)
@@ -148,7 +154,7 @@ def keep_case(rng, shape, dtype, *, query_density=0.5, key_density=0.5, offset=0
         query,
         key,
         value,
-        reference.keep_mask(query_keep, key_keep, query_offset=offset),
+        keep_mask(query_keep, key_keep, query_offset=offset),
         checked.qk_sparse_attention,
         reference.qk_sparse_attention,
         (query_keep, key_keep),
@@ -167,7 +173,7 @@ def range_case(rng, shape, dtype, *, longest=1.0):
         query,
         key,
         value,
-        reference.range_mask(start, stop, length),
+        range_mask(start, stop, length),
         checked.range_attention,
         reference.range_attention,
         (start, stop),
@@ -176,7 +182,7 @@ def range_case(rng, shape, dtype, *, longest=1.0):
 
 def causal_case(rng, shape, dtype, *, offset=0):
     query, key, value = arrays(rng, shape, dtype)
-    mask = reference.causal_mask(shape.query_length, shape.key_length, offset)
+    mask = causal_mask(shape.query_length, shape.key_length, offset)
     return Case(
         query,
         key,
@@ -323,5 +329,5 @@ def in_segments(case: Case, rng: np.random.Generator, kind: str, *, shared: bool
     query_ids = jnp.asarray(segment_ids(rng, (batch, case.query.shape[1]), kind))
     key_ids = query_ids if shared else jnp.asarray(segment_ids(rng, (batch, case.key.shape[1]), kind))
     ids = {"query_segment_ids": query_ids} | ({} if shared else {"key_segment_ids": key_ids})
-    mask = case.mask & reference.segment_mask(query_ids, key_ids)
+    mask = case.mask & segment_mask(query_ids, key_ids)
     return replace(case, mask=mask, options={**case.options, **ids})

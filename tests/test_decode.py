@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import causal_mask, hash_mask, keep_mask
 from conftest import IMPLEMENTATIONS
 from flax import linen as nn
 from flax import nnx
@@ -115,13 +116,13 @@ def defined(name: str, whole: dict):
     if isinstance(sparsity, Hash):
         query_hash, key_hash = (marks["hash"] for marks in (made.query_marks, made.key_marks or made.query_marks))
         exclude_self = sparsity.exclude_self
-        mask = reference.hash_mask(query_hash, key_hash, exclude_self=exclude_self)
+        mask = hash_mask(query_hash, key_hash, exclude_self=exclude_self)
         near = reference.window_mask(LENGTH, LENGTH, sparsity.window)
-        mask |= near & reference.causal_mask(LENGTH, LENGTH, -int(exclude_self))
+        mask |= near & causal_mask(LENGTH, LENGTH, -int(exclude_self))
     elif isinstance(sparsity, Drop):
-        mask = reference.keep_mask(made.query_marks["keep"], made.key_marks["keep"])
+        mask = keep_mask(made.query_marks["keep"], made.key_marks["keep"])
     else:
-        mask = reference.causal_mask(LENGTH, LENGTH)
+        mask = causal_mask(LENGTH, LENGTH)
     return made[:3], jnp.broadcast_to(mask, (BATCH, HEADS, LENGTH, LENGTH))
 
 

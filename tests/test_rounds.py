@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL_BLOCKS, Shape, arrays, bucket_ids
+from cases import SMALL_BLOCKS, Shape, arrays, bucket_ids, hash_mask
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ def drawn(rng, num_rounds, shape, dtype, kind, *, exclude_self=False):
         jnp.stack([jnp.asarray(bucket_ids(rng, size[:3], kind)) for _ in range(num_rounds)])
         for size in (shape.query, shape.key)
     ]
-    masks = [reference.hash_mask(*ids, exclude_self=exclude_self) for ids in zip(*sides, strict=True)]
+    masks = [hash_mask(*ids, exclude_self=exclude_self) for ids in zip(*sides, strict=True)]
     return SimpleNamespace(qkv=qkv, hashes=sides, mask=np.any(masks, axis=0), collisions=np.sum(masks, axis=0))
 
 
@@ -91,7 +91,7 @@ def test_a_pair_that_outweighs_the_rest_cancels_cleanly(one_implementation):
     query, key, value = case.qkv
     case.qkv = (query.at[0, 40:].set(6.0), key.at[0, 3].set(6.0), value)
     case.hashes = [x.at[:, 0, 3].set(1).at[:, 0, 40:].set(1) for x in case.hashes]
-    case.mask = np.any([reference.hash_mask(*ids) for ids in zip(*case.hashes, strict=True)], axis=0)
+    case.mask = np.any([hash_mask(*ids) for ids in zip(*case.hashes, strict=True)], axis=0)
     check(case, one_implementation, num_buckets=2)
 
 

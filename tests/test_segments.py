@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Shape, drawn_cases, in_segments, make_case
+from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Shape, drawn_cases, in_segments, make_case, segment_mask
 from conftest import examples
 from flax import nnx
 from hypothesis import given, settings
@@ -92,7 +92,7 @@ def padded_case(pattern, rng):
     """A case whose ids start with padding, end with it, and have some in between."""
     case = make_case(pattern, rng, Shape(1, 60, 60, 2, 2, 16), jnp.float32)
     ids = np.repeat(np.array([-1, 5, -3, 2, 5, -1], np.int32), 10)[None]
-    mask = case.mask & reference.segment_mask(ids, ids)
+    mask = case.mask & segment_mask(ids, ids)
     return replace(case, mask=mask, options={**case.options, "query_segment_ids": jnp.asarray(ids)}), ids[0] < 0
 
 

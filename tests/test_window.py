@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SEGMENT_KINDS, SMALL_BLOCKS, Shape, in_segments, make_case
+from cases import SEGMENT_KINDS, SMALL_BLOCKS, Shape, hash_mask, in_segments, make_case
 from conftest import IMPLEMENTATIONS, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,7 +85,7 @@ def test_a_hash_of_all_query_heads_has_a_window_for_each():
     query_hash, key_hash = (rng.integers(0, 4, size).astype(np.int32) for size in ((1, 50, 1), (1, 77, 2)))
     windows = np.array([3, 0, 40, 9], np.int32)
     index = jax.jit(scfa_jax.hash_index)(query_hash, key_hash, window=windows)
-    mask = reference.hash_mask(np.repeat(query_hash, 4, axis=2), key_hash) & reference.window_mask(50, 77, windows)
+    mask = hash_mask(np.repeat(query_hash, 4, axis=2), key_hash) & reference.window_mask(50, 77, windows)
     np.testing.assert_array_equal(as_mask(index), mask)
 
 

@@ -15,8 +15,8 @@ rounded_terms = jax.jit(tolerance.rounded_terms, static_argnames="scale")
 
 def cotangents(rng: np.random.Generator, query):
     """Random cotangents of the output and of the log-sum-exp."""
-    output = jnp.asarray(rng.normal(size=query.shape), jnp.float32).astype(query.dtype)
-    return output, jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32)
+    normal = lambda shape: rng.normal(size=shape).astype(np.float32)
+    return jnp.asarray(normal(query.shape).astype(query.dtype)), jnp.asarray(normal(query.shape[:3]))
 
 
 def assert_as_exact_as_plain(results, query, key, value, mask, *, scale=None, in_kernels=True):

@@ -1,5 +1,6 @@
 """The soak run finds what is planted: wrong results, NaN, other bits, leaks, compilations; and nothing else."""
 
+import gc
 import itertools
 import json
 import re
@@ -18,6 +19,14 @@ SIGNATURES = [
     for broadcast in (False, True)
 ]
 PASSES = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_other_tests_left():
+    """Garbage is collected in each pass here, which takes seconds through what the tests before these have compiled."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

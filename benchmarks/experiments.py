@@ -98,9 +98,7 @@ def _with_another_seed(runs: Mapping[str, str], names: Sequence[str]) -> dict[st
 
 
 _PAPERS = {name: _kinds(8192)[name] for name in ("dense", "hash", "qk-30", "reformer")}
-_BPE = (
-    "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --warmup 150 --sample-length 0"
-)
+_BPE = "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --warmup 150 --sample-length 0"
 
 EXPERIMENTS = {
     "bytes-8k": Experiment(

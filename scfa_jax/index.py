@@ -72,6 +72,7 @@ class SparseIndex:
         """Number of keys `S`."""
         return self.key_code.shape[-1]
 
+    @functools.partial(jax.jit, static_argnames=("block_q", "block_k"))
     def stats(self, block_q: int = 64, block_k: int = 64) -> dict[str, jax.Array]:
         """Counts, per head, the tiles that a forward pass visits and the pairs it needs.
 

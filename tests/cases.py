@@ -269,11 +269,11 @@ CHOSEN = {
     ),
     ("shared_hash", jnp.float32): (
         SHAPES[1],
-        [{"kind": kind, "offset": (0, 3)} for kind in ("huge", "zipf", "distinct")],
+        [{"kind": kind, "exclude_self": True, "offset": (0, 3)} for kind in ("huge", "zipf", "distinct")],
     ),
     ("shared_hash", jnp.bfloat16): (
         SHAPES[3],
-        [{"kind": kind, "exclude_self": True, "promise": PROMISED_BUCKETS} for kind in ("16", "one")],
+        [{"kind": kind, "promise": PROMISED_BUCKETS} for kind in ("16", "one")],
     ),
     ("keep", jnp.float32): (
         SHAPES[1],
@@ -294,14 +294,16 @@ CHOSEN = {
 }
 
 
+def chosen_case(pattern: str, dtype, seed: int, choice: dict) -> Case:
+    """A case with the shape of those in `CHOSEN`, and with their compiled function if the same options are given."""
+    if "offset" in choice:
+        choice = {**choice, "offset": jnp.array(choice["offset"], jnp.int32)}
+    return make_case(pattern, np.random.default_rng(seed), CHOSEN[pattern, dtype][0], dtype, **choice)
+
+
 def chosen_cases(pattern: str, dtype) -> list[Case]:
     """The cases of `CHOSEN`, which share a compiled function."""
-    shape, choices = CHOSEN[pattern, dtype]
-    traced = lambda options: {**options, "offset": jnp.array(options["offset"], jnp.int32)}
-    return [
-        make_case(pattern, np.random.default_rng(seed), shape, dtype, **(traced(x) if "offset" in x else x))
-        for seed, x in enumerate(choices)
-    ]
+    return [chosen_case(pattern, dtype, seed, choice) for seed, choice in enumerate(CHOSEN[pattern, dtype][1])]
 
 
 SEGMENT_KINDS = ("one", "runs", "padded", "scattered", "huge", "padding")

@@ -16,6 +16,7 @@ from models.coverage import coverage
 from models.reformer import reformer_attention
 
 LENGTH, BUCKETS = 32, 4
+counted = jax.jit(coverage, static_argnames="chunk_size")
 
 
 def drawn_buckets(seed: int = 0, most: int = BUCKETS) -> jax.Array:
@@ -46,14 +47,14 @@ def test_coverage_of_the_reformer_is_the_share_of_pairs_with_a_weight(chunk_size
     )
     share = share_attended(attend, buckets)
     assert (share < 1).all() == (chunk_size < 8)
-    np.testing.assert_allclose(coverage(buckets, chunk_size=chunk_size), share, rtol=1e-6)
+    np.testing.assert_allclose(counted(buckets, chunk_size=chunk_size), share, rtol=1e-6)
 
 
 def test_hash_attention_covers_all():
     buckets = drawn_buckets()
     attend = lambda query, value: scfa_jax.hash_sparse_attention(query, query, value, buckets, exclude_self=True)
     np.testing.assert_array_equal(share_attended(attend, buckets), 1)
-    np.testing.assert_array_equal(coverage(buckets), 1)
+    np.testing.assert_array_equal(counted(buckets), 1)
 
 
 def test_coverage_of_hash_attention_is_counted_from_its_index(monkeypatch):
@@ -68,13 +69,13 @@ def test_coverage_of_hash_attention_is_counted_from_its_index(monkeypatch):
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_tokens_that_are_alone_in_their_buckets_are_covered(chunk_size):
     buckets = jnp.broadcast_to(jnp.arange(LENGTH)[:, None], (1, LENGTH, 2))
-    np.testing.assert_array_equal(coverage(buckets, chunk_size=chunk_size), 1)
+    np.testing.assert_array_equal(counted(buckets, chunk_size=chunk_size), 1)
 
 
 def test_at_a_fixed_chunk_coverage_falls_with_the_length():
     lengths = (256, 1024, 4096)
     found = [
-        float(coverage(benchmark.draw_buckets("uniform", 0, length, 2, 16), chunk_size=32).mean()) for length in lengths
+        float(counted(benchmark.draw_buckets("uniform", 0, length, 2, 16), chunk_size=32).mean()) for length in lengths
     ]
     assert found[0] > 0.99 > 0.95 > found[1] > found[2]
     seen = 1.5 * 32 / (4096 / 16)  # chunks in sight of a token, on average, as a share of its bucket

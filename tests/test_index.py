@@ -113,7 +113,7 @@ def test_an_index_allows_exactly_the_pattern(pattern, data):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_stats_count_the_pairs_and_the_tiles(pattern):
     case = make_case(pattern, np.random.default_rng(0), Shape(2, 50, 70, 4, 2, 16), jnp.float32)
-    index = build(pattern, case)
+    index = index_of(pattern, case)
     stats = index.stats(16, 32)
     pairs = as_mask(index).sum((2, 3))
     np.testing.assert_array_equal(np.broadcast_to(stats["pairs"], pairs.shape), pairs)

@@ -16,6 +16,8 @@ from tolerance import assert_as_exact_as_plain, results_and_gradients
 import scfa_jax
 from scfa_jax import reference
 
+STATIC = ("implementation", "num_buckets", "exclude_self", "return_residual")
+hash_sparse_attention = jax.jit(scfa_jax.hash_sparse_attention, static_argnames=STATIC)
 SHAPES = {"grouped": Shape(2, 50, 61, 4, 2, 16), "shared": Shape(1, 64, 64, 2, 2, 16)}
 
 
@@ -68,7 +70,7 @@ def test_joint_ids_that_do_not_fit_32_bits_are_numbered(promise):
         case.hashes = [x * (promise // 4 - 1) for x in case.hashes]
     attend = partial(scfa_jax.hash_sparse_attention, implementation="xla", num_buckets=promise, return_residual=True)
     output, logsumexp = jax.jit(attend)(*case.qkv, *case.hashes)
-    want, want_logsumexp = reference.attention(*case.qkv, case.mask)
+    want, want_logsumexp = jax.jit(reference.attention)(*case.qkv, case.mask)
     np.testing.assert_allclose(output, want, atol=2e-5)
     np.testing.assert_allclose(logsumexp, want_logsumexp, atol=2e-5)
 
@@ -76,7 +78,7 @@ def test_joint_ids_that_do_not_fit_32_bits_are_numbered(promise):
 def test_equal_rounds_count_once(implementation):
     """Where all rounds are one, all pairs collide in all of them."""
     case = drawn(np.random.default_rng(1), 1, SHAPES["shared"], jnp.float32, "4")
-    (hashes, _), attend = case.hashes, partial(scfa_jax.hash_sparse_attention, implementation=implementation)
+    (hashes, _), attend = case.hashes, partial(hash_sparse_attention, implementation=implementation)
     once = attend(*case.qkv, hashes[0], num_buckets=4, return_residual=True)
     for num_rounds in (1, 2):
         again = attend(*case.qkv, jnp.repeat(hashes, num_rounds, 0), num_buckets=4, return_residual=True)
@@ -100,8 +102,9 @@ def test_stranded_queries_and_segments(one_implementation):
     case = drawn(rng, 2, SHAPES["shared"], jnp.float32, "distinct")
     ids = jnp.asarray(rng.integers(-1, 2, 64), jnp.int32)
     options = {"exclude_self": True, "query_segment_ids": ids, "return_residual": True, "query_offset": 1}
-    got = scfa_jax.hash_sparse_attention(*case.qkv, *case.hashes, **options, implementation=one_implementation)
-    want = reference.hash_sparse_attention(*case.qkv, *case.hashes, **options)
+    got = hash_sparse_attention(*case.qkv, *case.hashes, **options, implementation=one_implementation)
+    dense = jax.jit(reference.hash_sparse_attention, static_argnames=STATIC)
+    want = dense(*case.qkv, *case.hashes, **options)
     stranded = np.isneginf(want[1])
     assert stranded.any()
     assert not stranded.all()

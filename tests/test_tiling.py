@@ -8,7 +8,7 @@ from cases import PATTERNS, Shape, drawn_cases, make_case
 from conftest import HAS_GPU, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_index import build, index_of
+from test_index import index_of
 
 from scfa_jax import BlockSizes, Tile, tiling
 from scfa_jax.kernels import triton_bounds
@@ -99,14 +99,14 @@ def index_full(low, high, codes, b, n, rows):
 def test_dropped_tiles_are_not_visited():
     """Half the keys and queries kept: a quarter of the causal tiles, give or take the edges."""
     case = make_case("keep", np.random.default_rng(0), Shape(1, 1024, 1024, 1, 1, 16), jnp.float32)
-    tiles = int(build("keep", case).stats(16, 16)["tiles"][0, 0])
+    tiles = int(index_of("keep", case).stats(16, 16)["tiles"][0, 0])
     causal = 64 * 65 // 2
     assert tiles < 0.3 * causal
 
 
 def test_buckets_divide_the_tiles():
     case = make_case("shared_hash", np.random.default_rng(0), Shape(1, 1024, 1024, 1, 1, 16), jnp.float32, kind="8")
-    tiles = int(build("hash", case).stats(16, 16)["tiles"][0, 0])
+    tiles = int(index_of("hash", case).stats(16, 16)["tiles"][0, 0])
     causal = 64 * 65 // 2
     assert tiles < 0.25 * causal  # an eighth, and the tiles that two buckets share
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import PATTERNS, SMALL_BLOCKS, Shape, make_case
 from jax.extend.core import jaxprs_in_params
-from test_index import build
+from test_index import index_of
 
 import scfa_jax
 from scfa_jax.kernels import tile
@@ -199,6 +199,6 @@ def test_both_passes_visit_exactly_the_tiles_that_the_bounds_name(pattern, monke
         arguments = jax.device_put((case.query, case.key, case.value, *case.pattern), jax.devices("cpu")[0])
         jax.block_until_ready(jax.jit(jax.grad(loss_of(attend), (0, 1, 2)))(*arguments))
     jax.effects_barrier()
-    tiles = np.broadcast_to(build(pattern, case).stats(16, 16)["tiles"], (1, 2)).sum()
+    tiles = np.broadcast_to(index_of(pattern, case).stats(16, 16)["tiles"], (1, 2)).sum()
     assert visits.count("add_keys") == tiles
     assert visits.count("weights_and_score_gradient") == tiles

@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Spares Python's garbage collector the modules, which stay, and many of its rounds over traces."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(200_000, 20, 20)
 
 
 compilations = 0  # since memory maps were last counted
@@ -88,7 +88,7 @@ def _few_compiled_functions():
     yield
     if compilations > 100 and MAPS.exists():  # counting takes up to 40 ms
         compilations = 0
-        if MAPS.read_bytes().count(b"\n") > 30_000:
+        if MAPS.read_bytes().count(b"\n") > 45_000:
             jax.clear_caches()
             gc.collect()
 

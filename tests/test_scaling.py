@@ -6,10 +6,13 @@ import json
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import scaling
+from benchmarks.training import configuration
 from models import PRESETS, ModelConfig
+from train.step import init
 
 
 def test_weak_cases_grow_with_the_devices_and_strong_ones_do_not():
@@ -48,3 +51,22 @@ def test_a_tiny_run_writes_its_table_results_and_plot(tmp_path, monkeypatch, cap
     assert both["first_losses"] == pytest.approx(two["first_losses"], rel=1e-5)
     assert f"| model=2 | 2 | 2 | {both['step_ms']:.1f} |" in said
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
+def test_a_case_donates_no_array_of_another(monkeypatch):
+    monkeypatch.setitem(PRESETS, "cpu", ModelConfig(layers=1, width=16, heads=2))
+    monkeypatch.setattr(scaling, "VOCABULARY", 64)
+    options = scaling.Options(preset="cpu", length=16, steps=1)
+    model, state = init(
+        configuration("cpu", "identity", "float32"), scaling.OPTIMIZER, vocab_size=64, max_length=options.length
+    )
+    before = jax.tree.map(np.array, state)
+    cases = [scaling.Case(mesh, devices, 2) for mesh, devices in (("one", 1), ("model=2", 2), ("data=2", 2))]
+    ready = [scaling.prepare(case, options, model, state) for case in cases]
+    losses = []
+    for i, one in enumerate(ready):
+        losses.append(float(one.step(one.state, one.batches[0])[1].loss))
+        for other in (state, *(x.state for x in ready[i + 1 :])):
+            jax.tree.map(np.testing.assert_array_equal, other, before)
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import train.plot
 import train.report
 from models import ModelConfig
 from train.__main__ import main
@@ -115,6 +116,31 @@ def test_records_of_earlier_versions_can_be_reported(tmp_path, capsys):
     (tmp_path / "old" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert main(["report", "old"]) == 0
     assert "| old | hash | 40 | 8,000 | 45.0 | 45.0 |" in capsys.readouterr().out
+
+
+def test_many_runs_can_be_told_apart_and_a_slow_one_leaves_room_for_the_others(tmp_path, monkeypatch):
+    drawn = []
+
+    def new_figure(*arguments):
+        drawn.append(train.plot.Figure(layout="constrained"))
+        return drawn[-1]
+
+    monkeypatch.setattr(train.plot, "new_figure", new_figure)
+
+    def history(seconds_a_step):
+        bits = (8.0, 4.0, 2.0)
+        return [
+            {"step": step, "seconds": 0.0, "train_seconds": step * seconds_a_step, "held_out_bits_per_byte": x}
+            for step, x in zip((0, 10, 20), bits, strict=True)
+        ]
+
+    train.plot.plot_losses({str(run): history(1.0) for run in range(30)}, "", tmp_path / "even.png")
+    train.plot.plot_losses({str(run): history(run + 1.0) for run in range(5)}, "", tmp_path / "uneven.png")
+    even, uneven = drawn
+    lines = [line for line in even.axes[0].lines if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 30
+    assert [text.get_text() for legend in even.legends for text in legend.get_texts()] == [str(x) for x in range(30)]
+    assert [axes.get_xscale() for axes in (*even.axes, *uneven.axes)] == ["linear", "linear", "linear", "log"]
 
 
 def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 PLOT_FILE = "loss.png"
+COLORS, MARKERS = 10, "osD^vPX"  # each colour with one marker after the other: so many runs can be told apart
 
 History = Sequence[dict[str, Any]]
 
@@ -24,24 +25,31 @@ def plot_losses(runs: Mapping[str, History], title: str, path: Path) -> None:
         title: Stands above.
         path: The PNG to write.
     """
-    figure = new_figure(title, 11, 4.5)
+    many = len(runs) > COLORS
+    figure = new_figure(title, 14, 7) if many else new_figure(title, 11, 4.5)
     unit = next(unit for unit in ("byte", "pixel") for h in runs.values() if column(h, f"held_out_bits_per_{unit}")[0])
     for axes, x in zip(figure.subplots(1, 2, sharey=True), ("step", "train_seconds"), strict=True):
+        ends = [column(history, f"held_out_bits_per_{unit}", x)[0][-1] for history in runs.values()]
+        if 0 < 4 * min(ends) < max(ends):  # else the slowest would press the others together
+            axes.set_xscale("log", nonpositive="mask")
+            axes.set_xlim(min(ends) / 12, 1.2 * max(ends))
         for number, (name, history) in enumerate(runs.items()):
-            color = f"C{number % 10}"
-            axes.plot(*column(history, f"bits_per_{unit}", x), "-", color=color, linewidth=0.8, alpha=0.5)
-            axes.plot(
-                *column(history, f"held_out_bits_per_{unit}", x), "o-", color=color, markersize=4, label=_label(name)
-            )
+            style = _style(number)
+            if not many:
+                training = column(history, f"bits_per_{unit}", x)
+                axes.plot(*training, "-", color=style["color"], linewidth=0.8, alpha=0.5)
+            evaluated = column(history, f"held_out_bits_per_{unit}", x)
+            axes.plot(*evaluated, "-", **style, markersize=4, label=_label(name))
         _dress(axes, x)
-    figure.axes[0].set_ylabel(f"bits per {unit}: dots held out, thin lines training")
+    what = "held out" if many else "marks held out, thin lines training"
+    figure.axes[0].set_ylabel(f"bits per {unit}: {what}")
     # The first evaluation, before any training, would take up most of the height.
     held_out = [column(history, f"held_out_bits_per_{unit}")[1] for history in runs.values()]
     top = max(max(bits[1:] or bits) for bits in held_out)
     bottom = min(map(min, held_out))
     margin = 0.05 * (top - bottom) or 0.1
     figure.axes[0].set_ylim(bottom - margin, top + margin)
-    figure.axes[0].legend(fontsize="small")
+    _legend(figure, many)
     figure.savefig(path, dpi=120)
 
 
@@ -74,12 +82,13 @@ def plot_speed_and_buckets(runs: Mapping[str, History], tokens_per_step: Mapping
             layers = np.array(values, float).reshape(len(values), -1)
             if name == "tokens_per_second":
                 layers = 1e3 * tokens_per_step[run] / layers
-            axes.plot(steps, layers.mean(1), ".-", color=f"C{number % 10}", label=_label(run))
-            axes.fill_between(steps, layers.min(1), layers.max(1), color=f"C{number % 10}", alpha=0.15)
+            style = _style(number)
+            axes.plot(steps, layers.mean(1), "-", **style, markersize=3, label=_label(run))
+            axes.fill_between(steps, layers.min(1), layers.max(1), color=style["color"], alpha=0.15)
         axes.set_ylabel(label, fontsize="small")
         axes.set_ylim(bottom=0)
         _dress(axes, "step")
-    figure.axes[0].legend(fontsize="small")
+    _legend(figure, len(runs) > COLORS)
     figure.savefig(path, dpi=120)
 
 
@@ -149,6 +158,19 @@ def new_figure(title: str, width: float, height: float) -> Figure:
     FigureCanvasAgg(figure)  # no pyplot: it would keep state and look for a display
     figure.suptitle(_text(title), fontsize="medium", parse_math=False)
     return figure
+
+
+def _style(number: int) -> dict[str, str]:
+    """How the run of this number is drawn."""
+    return {"color": f"C{number % COLORS}", "marker": MARKERS[number // COLORS % len(MARKERS)]}
+
+
+def _legend(figure: Figure, many: bool) -> None:
+    """Names the runs: in the first panel, or beside all where they are many."""
+    if many:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    else:
+        figure.axes[0].legend(fontsize="small")
 
 
 def _dress(axes: Axes, x: str) -> None:

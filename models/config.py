@@ -133,6 +133,8 @@ class ModelConfig:
         unknown = [kind for kind in kinds if kind not in ATTENTION_KINDS]
         if unknown:
             return f"--attention takes {', '.join(ATTENTION_KINDS)} or a list of them, got {unknown[0]!r}."
+        if len(kinds) > self.layers:
+            return f"--attention names {len(kinds)} kinds for {self.layers} layers. Name as many as --layers at most."
         if self.remat not in get_args(Remat):
             return f"--remat takes {', '.join(get_args(Remat))}, got {self.remat!r}."
         if not 0 <= self.centroid_decay < 1:

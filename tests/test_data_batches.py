@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import DataConfig
-from train.data import Batch, Corpus, held_out_batches, training_batches
+from train.data import Batch, Corpus, evaluated_bytes, held_out_batches, training_batches
 from train.data.tokenizer import PixelTokenizer
 from train.errors import TrainError
 
@@ -128,6 +128,16 @@ def test_a_limited_evaluation_reads_windows_spread_evenly():
     ((batch, weights),) = held_out_batches(numbered(4 * 4 * 10 + 4), FOUR, max_tokens=12)
     assert weights.sum() == 3
     assert batch.tokens[:3, 0].tolist() == [0, 16, 36]
+
+
+def test_bytes_a_token_are_those_of_the_windows_that_are_read():
+    corpus = corpus_of(np.arange(41).astype(np.uint8))
+    corpus.tokenizer.token_bytes = np.arange(256) ** 2  # of this one alone
+    for limit in (0, 12):
+        read = list(held_out_batches(corpus, FOUR, limit))
+        targets = np.concatenate([batch.tokens[weights > 0][:, 1:] for batch, weights in read])
+        assert len(targets) == (3 if limit else 10)
+        assert evaluated_bytes(corpus, FOUR, limit) == pytest.approx((targets.astype(int) ** 2).mean())
 
 
 def test_another_part_is_read_by_its_name():

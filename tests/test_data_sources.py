@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import platform
 import sys
@@ -154,6 +156,13 @@ BAD_FILES = [
     ("broken.zst", b"not zstd", "not a whole zstd file.*Fetch it again"),
     ("cut.jsonl.zst", zstd.compress(b'{"text": "a"}\n' * 99)[:-9], "not a whole zstd file"),
     ("joined.jsonl.zst", zstd.compress(b'{"text": "a"}\n') + b"rest", "not a whole zstd file"),
+    ("enwik8.zip", b"PK\x03\x04" + b"text" * 99, r"is packed \(zip\)\. Unpack it"),
+    ("text.xz", lzma.compress(b"text" * 99), r"is packed \(xz\)"),
+    ("text.bz2", bz2.compress(b"text" * 99), r"is packed \(bzip2\)"),
+    ("packed.txt", gzip.compress(b"text" * 99), r"is packed \(gzip\)"),
+    ("packed.jsonl", zstd.compress(b"text" * 99), r"is packed \(zstd\)"),
+    ("text.tar", b"a.txt".ljust(257, b"\0") + b"ustar" + b"text" * 99, r"is packed \(tar\)"),
+    ("text.tar.gz", gzip.compress(b"text" * 99), r"is packed \(tar\)"),
     ("none*.txt", None, "The glob .* holds no file"),
     ("folder", ..., "The folder .* holds no file"),
     ("long" * 99, None, "cannot be read .File name too long"),

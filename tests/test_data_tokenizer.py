@@ -7,7 +7,7 @@ import socket
 
 import numpy as np
 import pytest
-from data_cases import MERGES, write_bpe
+from data_cases import MERGES, load, write_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +82,15 @@ def test_pieces_give_the_tokens_of_the_whole_text(gpt2, text, block, tmp_path_fa
 def test_bytes_that_are_no_text_are_refused(gpt2):
     with pytest.raises(InvalidUtf8, match=r"byte 3 \(0xff\) is not valid UTF-8"):
         gpt2.encode(b"abc\xff")
+
+
+def test_a_run_of_blanks_that_its_engine_cannot_take_is_named(tmp_path):
+    path = tmp_path / "blanks.txt"
+    path.write_bytes(b" " * 1_000_000 + b"word")
+    options = {"tokenizer": "gpt2", "bpe": str(write_bpe(tmp_path / "bpe")), "cache": str(tmp_path / "cache")}
+    with pytest.raises(TrainError, match=r"blanks\.txt: it holds a run of blanks .* take --tokenizer bytes") as raised:
+        load(path, **options)
+    assert "\n" not in str(raised.value)
 
 
 def test_another_encoding_has_another_identity(gpt2, tmp_path):

@@ -1,5 +1,6 @@
 """Centroids in training: they move with the data, in parts as in the whole, and are part of a checkpoint."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,8 @@ from scfa_jax.kmeans import kmeans_hash, member_sums, update_centroids
 from train.checkpoint import Checkpoints
 from train.config import DataConfig, OptimizerConfig
 from train.data import load_corpus, training_batches
+from train.folder import load_config
+from train.restore import restored, variables_of
 from train.step import init, inputs_and_targets, train_step
 
 CONFIG = ModelConfig(
@@ -66,6 +69,21 @@ def test_centroids_move_by_the_members_that_they_had_before_the_step(batches):
     trained = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(after.opt_state)]
     assert any("scorer" in path for path in trained)
     assert not any("centroids" in path for path in trained)
+
+
+def test_a_start_from_another_run_takes_its_centroids(start, tmp_path):
+    run = tmp_path / "run"
+    assert start(attention="hash", hash="kmeans", out=run, steps=2, sample_length=0) == 0
+    config = load_config(run)
+    corpus = load_corpus(config.data)
+    _, trained = restored(run, config, corpus, "best")
+    sizes = {"vocab_size": corpus.vocab_size, "max_length": config.data.seq_len}
+    _, other = init(config.model, dataclasses.replace(config.optimizer, seed=1), **sizes)
+    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (trained.fixed, other.fixed)), strict=True))
+    params, fixed = variables_of(str(run), corpus, other)
+    jax.tree.map(np.testing.assert_array_equal, (params, fixed), (trained.params, trained.fixed))
+    dense = other._replace(fixed={})
+    assert variables_of(str(run), corpus, dense)[1] == {}
 
 
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(batches, tmp_path):

@@ -45,6 +45,19 @@ def test_the_last_two_and_the_best_are_kept_with_the_place_in_the_data(batches, 
         jax.tree.map(np.testing.assert_array_equal, again, following[2])
 
 
+def test_who_only_reads_leaves_what_is_being_written(batches, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1), batches)
+    begun = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    begun.mkdir()
+    with Checkpoints(tmp_path) as reading:
+        reading.restore(1, jax.eval_shape(lambda: state_of(0)))
+    assert begun.exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state_of(3), batches)
+    assert not begun.exists()
+
+
 def test_checkpoints_of_unknown_loss_are_no_best_ones(batches, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in range(1, 4):

@@ -35,7 +35,7 @@ def test_the_test_part_is_read_by_the_checkpoint_asked_for(images, start, tmp_pa
     for part in ("held_out", "test"):
         for checkpoint in ("best", "last"):
             assert main(["evaluate", str(run), "--part", part, "--checkpoint", checkpoint]) == 0
-            found[part, checkpoint] = evaluate.read_evaluation(run)
+            found[part, checkpoint] = evaluate.read_evaluation(run, part)
             bits, step = found[part, checkpoint]["bits_per_pixel"], found[part, checkpoint]["step"]
             said = capsys.readouterr().out.splitlines()[-1]
             assert said == f"{part}: {bits:.4f} bits per pixel, {checkpoint} checkpoint, step {step}"
@@ -44,7 +44,30 @@ def test_the_test_part_is_read_by_the_checkpoint_asked_for(images, start, tmp_pa
         assert found["held_out", checkpoint]["step"] == step
         assert found["held_out", checkpoint]["bits_per_pixel"] == pytest.approx(held_out[step], rel=1e-6)
         assert found["test", checkpoint]["bits_per_pixel"] > held_out[step] + 1
+    assert evaluate.read_evaluation(run) == found["test", "last"]  # beside that of the other part
     assert not list(run.glob("*.part"))
+
+
+def test_data_may_be_moved_but_another_text_is_refused(start, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert start(attention="identity", out=run, steps=2, sample_length=0, eval_tokens=0) == 0
+    held_out = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_bits_per_byte"]
+    elsewhere = text.rename(tmp_path / "elsewhere.txt")
+    assert main(["evaluate", str(run), "--part=held_out"]) == 2
+    assert "text.txt does not exist" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--part=held_out", "--data", str(elsewhere)]) == 0
+    found = evaluate.read_evaluation(run, "held_out")
+    assert found["bits_per_byte"] == pytest.approx(held_out, rel=1e-6)
+    assert main(["sample", str(run), "--data", str(elsewhere), "--length=3"]) == 0
+    assert main(["--resume", "--out", str(run), "--data", str(elsewhere), "--sample-length=0"]) == 0
+    text.write_bytes(elsewhere.read_bytes()[: text_size(elsewhere) // 2])
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--part=held_out"]) == 2
+    assert "was written for another text (text.txt) than the one found now" in capsys.readouterr().err
+
+
+def text_size(path):
+    return path.stat().st_size
 
 
 def test_what_cannot_be_evaluated_is_one_line(start, tmp_path, capsys):

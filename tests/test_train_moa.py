@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 
@@ -16,11 +17,13 @@ from models import ModelConfig
 from models.influence import hang_taps
 from train.__main__ import main
 from train.config import Config, DataConfig, OptimizerConfig
+from train.data import load_corpus
 from train.errors import TrainError
 from train.folder import load_config
 from train.moa.command import MoaOptions, _lengths
-from train.moa.evaluate import under_plan
+from train.moa.evaluate import held_out_loss, under_plan
 from train.moa.plan import Plan, load_plan, save_plan
+from train.restore import restored
 from train.step import init
 
 PLAN = Plan((((3, 0.25), (-1, 0.5)), ((16, 0.0), (0, 1.0))), num_sinks=2)
@@ -129,6 +132,19 @@ def test_the_command_plans_evaluates_and_draws_and_a_run_trains_on_under_the_pla
     (trained / "plan.json").unlink()
     assert load_config(tmp_path / "on").model.window_rules == plans["plan"].rules
     assert main(["sample", str(tmp_path / "on"), "--prompt=99"]) == 0
+
+
+def test_the_model_beside_the_plans_drops_nothing(start, tmp_path):
+    run = tmp_path / "run"
+    more = {"attention": "qk", "drop_rate": 0.5, "seq_len": 32, "steps": 2, "sample_length": 0}
+    assert start(**more, out=run) == 0
+    config = load_config(run)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_at_evaluation=True))
+    corpus = load_corpus(config.data)
+    _, state = restored(run, config, corpus, "last")
+    whole = Plan((((32, 0.0), (32, 0.0)),), num_sinks=0)
+    dense, planned = (held_out_loss(config, corpus, state, plan, 64) for plan in (None, whole))
+    assert dense == pytest.approx(planned, rel=1e-5)
 
 
 UNPLANNED = {

@@ -45,7 +45,8 @@ def test_a_run_is_named_after_its_data_without_the_signs_of_a_glob(data, name, t
 
 def test_resume_goes_on_with_the_run_last_written_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(("b/config.json", "a/config.json", "b/metrics.jsonl")):
+    # A sample is written to any run.
+    for number, name in enumerate(("b/config.json", "a/config.json", "b/metrics.jsonl", "a/sample.txt")):
         path = tmp_path / "runs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -103,10 +104,12 @@ def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         *((f"--{name}={2**29 + 1}", f"--{name} must be at most 2**29, got {2**29 + 1}") for name in LARGE),
+        ("--attention=dense,hash,qk --layers=2", "--attention names 3 kinds for 2 layers"),
+        ("--data=", "--data is empty"),
         ("--attention=reformer --num-buckets=8388608", "--num-buckets times --seq-len + 1 must be below 2**31"),
     ],
 )
-def test_numbers_past_int32_are_refused(arguments, message):
+def test_impossible_options_are_refused(arguments, message):
     with pytest.raises(TrainError) as raised:
         parse(arguments.split())
     assert message in str(raised.value)

@@ -94,6 +94,23 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
     assert pictures == {"loss.png", "speed-and-buckets.png", "buckets-b.png"}
 
 
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ({"step": 40}, True),
+        ({"step": 30}, False),  # of a checkpoint from before the run went on
+        ({"step": 40, "tokens": 500}, False),  # of some of the test part
+    ],
+)
+def test_test_bits_are_those_of_a_checkpoint_in_the_table(found, shown, tmp_path, capsys):
+    made_up(tmp_path / "run", seconds_a_step=1.0)
+    found = {"part": "test", "tokens": 0, "bits_per_byte": 0.1234, **found}
+    for written in ({"test": found, "held_out": {**found, "bits_per_byte": 0.5}}, found):  # as now, and as before
+        (tmp_path / "run" / "evaluation.json").write_text(json.dumps(written))
+        assert main(["report", "run"]) == 0
+        assert ("0.1234" in capsys.readouterr().out) == shown
+
+
 def test_one_run_of_images_and_a_target_that_was_not_reached(tmp_path, capsys):
     made_up(tmp_path / "x" / "run", seconds_a_step=1.0, unit="pixel", attention="dense")
     assert main(["report", "x/run", "--target=0.5"]) == 0

@@ -56,8 +56,36 @@ def test_with_or_without_a_cache_the_same_tokens_follow(kind):
     prompts = np.array([[1, 2, 3]], np.uint16)
     tokens = generate(model, state, prompts, length=9, window=12, temperature=0.9, seed=0)
     arrays = state.params, state.fixed
-    np.testing.assert_array_equal(tokens, _recompute(model, *arrays, np.pad(prompts, [(0, 0), (0, 9)]), 3, 0, 0.9, 12))
+    np.testing.assert_array_equal(
+        tokens, _recompute(model, *arrays, np.pad(prompts, [(0, 0), (0, 9)]), 3, 12, 0, 0.9, 12, None)
+    )
     assert can_decode(model, state) == (kind == "hash")
+
+
+def test_elastic_windows_are_those_of_training_however_few_tokens_are_asked_for():
+    rules = ((((-28, 1.0), (-12, 0.5))),)  # of 32 tokens 4 and 4, of 8 none but the token itself
+    config = ModelConfig(**{**TINY, "attention": "window", "window_rules": rules, "num_sinks": 0})
+    model, state = init(config, OptimizerConfig(steps=2), vocab_size=250, max_length=32)
+    state = state._replace(params=jax.tree.map(lambda x: 4 * x if x.ndim == 3 else x, state.params))
+    prompts = np.array([[1, 2, 3]], np.uint16)
+    short, long = (
+        generate(model, state, prompts, length=length, window=32, temperature=0.0, seed=0) for length in (5, 20)
+    )
+    np.testing.assert_array_equal(short, long[:, :8])
+    shortened = generate(model, state, prompts, length=5, window=8, temperature=0.0, seed=0)
+    assert (shortened != short).any()  # so the windows matter here
+
+
+@pytest.mark.parametrize("kind", ["dense", "reformer"])
+def test_a_token_can_be_left_out(kind):
+    config = ModelConfig(**{**TINY, "attention": kind})
+    model, state = init(config, OptimizerConfig(steps=2), vocab_size=3, max_length=16)
+    prompts = np.array([[2]], np.uint16)
+    draw = lambda without: generate(
+        model, state, prompts, length=40, window=16, temperature=9.0, seed=0, without=without
+    )[:, 1:]
+    assert set(draw(None).ravel()) == {0, 1, 2}
+    assert set(draw(2).ravel()) == {0, 1}
 
 
 def test_a_model_without_a_cache_says_that_it_is_slow(start, fake_steps, tmp_path, capsys):
@@ -144,5 +172,7 @@ def test_images_become_a_grid(start, fake_steps, tmp_path, capsys):
     assert "bits per byte" not in said
     assert main(["sample", str(run), "--count=5", "--out", str(tmp_path / "five.png")]) == 0
     assert (tmp_path / "five.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["sample", str(run), "--out", str(tmp_path / "five.txt")]) == 2
+    assert "--out must end in .png for pictures" in capsys.readouterr().err
     assert main(["sample", str(run), "--prompt=7"]) == 2
     assert "--prompt goes with text" in capsys.readouterr().err

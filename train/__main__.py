@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else None
     try:
         with sigterm_like_ctrl_c():
-            if arguments and arguments[0] in COMMANDS:
-                name = arguments.pop(0)
+            if name is not None:
                 options, command = COMMANDS[name]
                 return command(tyro.cli(options, args=arguments, prog=f"python -m train {name}"))
             return run(parse(arguments))
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave(2)
     except KeyboardInterrupt as interruption:
         # Training itself stops with a checkpoint; this is before it, after it, or a second signal.
-        print("interrupted: python -m train --resume continues from the last checkpoint, if any", file=sys.stderr)
+        remedy = "--resume continues from the last checkpoint, if any" if name is None else f"{name} does it anew"
+        print(f"interrupted: python -m train {remedy}", file=sys.stderr)
         return leave(128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT))
     except BrokenPipeError:
         # Whoever read the output has enough, as `head` has. What is still to be written when Python ends goes nowhere.

@@ -53,6 +53,7 @@ class Checkpoints:
             raise self._cannot_write(error) from error
         except ValueError as error:  # it reads the held-out losses of all checkpoints, and does not say whose failed
             raise self._cannot_restore(self._without_loss(), error) from error
+        self._has_saved = False
         best_step = self._manager.best_step()
         self.best_loss = math.inf if best_step is None else _held_out_loss(self._manager.metrics(best_step))
 
@@ -66,8 +67,8 @@ class Checkpoints:
             if exception[0] is None:  # else it is told what went wrong first
                 raise self._cannot_write(error) from error
         finally:
-            # A whole one has another name.
-            for partial in self._path.glob("*.orbax-checkpoint-tmp") if is_first() else ():
+            # A whole one has another name. Whoever only reads leaves them: the run may be training at this moment.
+            for partial in self._path.glob("*.orbax-checkpoint-tmp") if self._has_saved and is_first() else ():
                 shutil.rmtree(partial, ignore_errors=True)
 
     @property
@@ -108,6 +109,7 @@ class Checkpoints:
             return
         if held_out_loss is not None:
             self.best_loss = min(self.best_loss, held_out_loss)
+        self._has_saved = True
         with self._writing():
             self._manager.save(
                 step,

@@ -102,7 +102,7 @@ class RunConfig:
 class Config:
     """Train a language model with dense or sparse causal attention.
 
-    Other commands: python -m train sample --help, python -m train report --help, python -m train moa --help.
+    Other commands: python -m train sample --help, and likewise evaluate, report and moa.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -15,7 +15,7 @@ import tyro
 from train.data import load_corpus
 from train.errors import TrainError
 from train.files import cannot_be, write_whole
-from train.folder import expanded, load_config
+from train.folder import check_corpus, expanded, load_config, moved
 from train.loop import evaluate
 from train.memory import out_of_memory_in_one_line
 from train.metrics import Units
@@ -37,6 +37,10 @@ class EvaluateOptions:
     """The one with the lowest held-out loss, or the last one."""
     tokens: int = 0
     """Read this many at most, spread evenly; 0 for all."""
+    data: str | None = None
+    """Where the run's data lie now, if they were moved."""
+    bpe: str | None = None
+    """Likewise, of the files of its byte pairs."""
 
 
 def evaluate_run(options: EvaluateOptions) -> int:
@@ -55,8 +59,9 @@ def evaluate_run(options: EvaluateOptions) -> int:
     if options.tokens < 0:
         raise TrainError(f"--tokens must not be negative, got {options.tokens}.")
     folder = expanded("run", options.run)
-    config = load_config(folder)
+    config = moved(load_config(folder), options.data, options.bpe)
     corpus = load_corpus(config.data)
+    check_corpus(folder, corpus)  # what this text holds out may be what the run was trained on
     corpus.part(options.part)  # before the model is read
     model, state = restored(folder, config, corpus, options.checkpoint)
     # In batches that fit where a part of a training step does.
@@ -64,7 +69,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
     step = jax.jit(functools.partial(eval_step, model))
     with out_of_memory_in_one_line(lambda: "Use a device with more memory."):
         loss = evaluate(step, state, corpus, data, options.tokens, options.part)
-    units = Units(corpus, options.part)
+    units = Units(corpus, options.part, (data, options.tokens))
     found = {
         "part": options.part,
         "checkpoint": options.checkpoint,
@@ -74,7 +79,8 @@ def evaluate_run(options: EvaluateOptions) -> int:
         f"bits_per_{units.name}": units.bits(loss),
     }
     try:
-        write_whole(folder / EVALUATION_FILE, json.dumps(found, indent=2) + "\n")
+        known = {**_read(folder), options.part: found}
+        write_whole(folder / EVALUATION_FILE, json.dumps(known, indent=2) + "\n")
     except OSError as error:
         raise cannot_be("written", folder / EVALUATION_FILE, error, "Make room or mend its folder.") from None
     bits = f"{units.bits(loss):.4f} bits per {units.name}"
@@ -82,22 +88,30 @@ def evaluate_run(options: EvaluateOptions) -> int:
     return 0
 
 
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `evaluate_run` last wrote of a run; None if it did not.
+def read_evaluation(folder: Path, part: str = "test") -> dict[str, Any] | None:
+    """What `evaluate_run` last wrote of a part of a run's data; None if it did not.
 
     Args:
         folder: The run's folder.
+        part: "test" or "held_out".
 
     Raises:
         TrainError: It is damaged.
     """
+    return _read(folder).get(part)
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations of a run, by the part."""
     path = folder / EVALUATION_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        if isinstance(found, dict) and "part" in found:
+            found = {found["part"]: found}  # as earlier versions wrote it
+        if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
             raise ValueError("it holds no evaluation")
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise TrainError(f"{path} cannot be read ({error}). Make it anew with python -m train evaluate.") from None
+        return {}
+    except (OSError, TypeError, ValueError) as error:
+        raise TrainError(f"{path} cannot be read ({error}). Make it anew: delete it and call evaluate.") from None
     return found

@@ -21,6 +21,7 @@ from train.config import Config, DataConfig, OptimizerConfig, RunConfig, problem
 from train.data import Corpus
 from train.errors import TrainError
 from train.files import cannot_be, write_whole
+from train.metrics import METRICS_FILE
 from train.processes import first_does
 
 CONFIG_FILE = "config.json"
@@ -37,12 +38,7 @@ def open_folder(config: Config, corpus: Corpus) -> Path:
     if config.run.resume:
         folder = Path(config.run.out or "")
         facts = load_facts(folder)
-        stored = facts.get("corpus", {})
-        if stored.get("sha256") != corpus.sha256:
-            raise TrainError(
-                f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
-                f"found now ({corpus.name}). Bring that text back, or start a new run without --resume."
-            )
+        check_corpus(folder, corpus)
         changed = _changed(facts, facts_of(corpus), config)
         if changed:
             print(f"note: the run goes on, but perhaps not bit for bit: {changed}")
@@ -50,6 +46,29 @@ def open_folder(config: Config, corpus: Corpus) -> Path:
     made: list[Path] = []
     first_does(lambda: made.append(_make_folder(config, corpus)))
     return made[0] if made else expanded("out", config.run.out or "")
+
+
+def check_corpus(folder: Path, corpus: Corpus) -> None:
+    """Fails where a corpus is not the one that a run was trained on.
+
+    Raises:
+        TrainError: It is another, or it is cut into other parts or tokens.
+    """
+    stored = load_facts(folder).get("corpus", {})
+    if stored.get("sha256") != corpus.sha256:
+        raise TrainError(
+            f"{folder / CONFIG_FILE} was written for another text ({stored.get('name')}) than the one "
+            f"found now ({corpus.name}). Bring that text back, or name it with --data."
+        )
+
+
+def moved(config: Config, data: str | None, bpe: str | None) -> Config:
+    """The configuration with other paths of the data and of the byte pairs' files, where they are given."""
+    paths = {"data": data, "bpe": bpe}
+    given: dict[str, Any] = {
+        name: str(expanded(name, path).resolve()) for name, path in paths.items() if path is not None
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
 
 
 def _make_folder(config: Config, corpus: Corpus) -> Path:
@@ -179,7 +198,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 def latest_run() -> Path:
-    """The folder under `runs/` that was written to last.
+    """The folder under `runs/` whose training began or went on last.
 
     Raises:
         TrainError: There is none.
@@ -187,7 +206,9 @@ def latest_run() -> Path:
     folders = [path.parent for path in RUNS_FOLDER.glob(f"*/{CONFIG_FILE}")]
     if not folders:
         raise TrainError(f"--resume found no run under {RUNS_FOLDER}/. Name its folder with --out.")
-    return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.iterdir()))
+    # Samples and evaluations write to a run's folder as well.
+    trained = lambda folder: [folder / name for name in (CONFIG_FILE, METRICS_FILE) if (folder / name).exists()]
+    return max(folders, key=lambda folder: max(path.stat().st_mtime_ns for path in trained(folder)))
 
 
 def new_run_folder(config: Config) -> Path:

@@ -22,6 +22,7 @@ def generate(
     window: int,
     temperature: float,
     seed: int,
+    without: int | None = None,
 ) -> np.ndarray:
     """Continues prompts: each token is computed once and kept in a cache.
 
@@ -37,6 +38,7 @@ def generate(
         window: The longest context the model may see.
         temperature: Divides the logits; 0 takes the likeliest token.
         seed: Decides the draw; from 0 to 2**32 - 1.
+        without: A token that is never added.
 
     Returns:
         Prompts and added tokens, `[R, P + length]`.
@@ -45,12 +47,17 @@ def generate(
     start, total = prompts.shape[1], tokens.shape[1]
     arrays = state.params, state.fixed
     traced_seed = np.uint32(seed)  # an int would have to fit int32
-    if not can_decode(model, state):
-        return np.asarray(_recompute(model, *arrays, tokens, start, traced_seed, temperature, min(window, total)))
-    context, size = min(start, window), min(window, total)
+    config = model.merge(*arrays).config
+    # Elastic windows follow the room that there is: it is that of training, however few tokens are asked for.
+    size = window if config.window_rules is not None else min(window, total)
+    if not config.can_decode():
+        padded = np.pad(tokens, [(0, 0), (0, max(0, size - total))])
+        filled = _recompute(model, *arrays, padded, start, total, traced_seed, temperature, size, without)
+        return np.asarray(filled)[:, :total]
+    context = min(start, window)
     while start < total:
         stop = min(start + window + 1 - context, total)
-        tokens = _decode(model, *arrays, tokens, start, stop, traced_seed, temperature, context, size)
+        tokens = _decode(model, *arrays, tokens, start, stop, traced_seed, temperature, context, size, without)
         start, context = stop, max(1, window // 2)
     return np.asarray(tokens)
 
@@ -60,7 +67,7 @@ def can_decode(model: LanguageModel, state: TrainState) -> bool:
     return model.merge(state.params, state.fixed).config.can_decode()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "context", "size"))
+@functools.partial(jax.jit, static_argnames=("model", "context", "size", "without"))
 def _decode(
     model: LanguageModel,
     params: object,
@@ -72,6 +79,7 @@ def _decode(
     temperature: jax.Array,
     context: int,
     size: int,
+    without: int | None,
 ) -> jax.Array:
     """Fills columns `start` to `stop - 1` of `tokens` by a cache of `size` places, first with `context` tokens."""
     transformer = model.merge(params, fixed)
@@ -85,25 +93,27 @@ def _decode(
         transformer = nnx.merge(graph, cache, rest)
         new = jax.lax.dynamic_slice_in_dim(tokens, place - read, read, axis=1)
         features = transformer.features(new, decode=True)[:, -1]
-        tokens = _fill(transformer, tokens, place, features, base_key, temperature)
+        tokens = _fill(transformer, tokens, place, features, base_key, temperature, without)
         return tokens, nnx.state(transformer, nnx.Cache)
 
     first = add_one(tokens, cache, start, context)
     return jax.lax.fori_loop(start + 1, stop, lambda place, carry: add_one(carry[0], carry[1], place, 1), first)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "window"))
+@functools.partial(jax.jit, static_argnames=("model", "window", "without"))
 def _recompute(
     model: LanguageModel,
     params: object,
     fixed: object,
     tokens: jax.Array,
     start: jax.Array,
+    stop: jax.Array,
     seed: jax.Array,
     temperature: jax.Array,
     window: int,
+    without: int | None,
 ) -> jax.Array:
-    """Fills `tokens` from column `start` on, each by a pass over the window that ends before it."""
+    """Fills columns `start` to `stop - 1` of `tokens`, each by a pass over the window that ends before it."""
     transformer = model.merge(params, fixed)
     base_key = jax.random.key(seed)
 
@@ -112,9 +122,9 @@ def _recompute(
         first = jnp.maximum(0, place - window)
         context = jax.lax.dynamic_slice_in_dim(tokens, first, window, axis=1)
         features = transformer.features(context)[:, place - 1 - first]
-        return _fill(transformer, tokens, place, features, base_key, temperature)
+        return _fill(transformer, tokens, place, features, base_key, temperature, without)
 
-    return jax.lax.fori_loop(start, tokens.shape[1], add_one, tokens)
+    return jax.lax.fori_loop(start, stop, add_one, tokens)
 
 
 def _fill(
@@ -124,9 +134,12 @@ def _fill(
     features: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
+    without: int | None,
 ) -> jax.Array:
     """Draws the tokens of column `place` by the features `[R, width]` of those before it."""
     logits = transformer.logits(features)
+    if without is not None:
+        logits = logits.at[:, without].set(-jnp.inf)
     drawn = jax.random.categorical(jax.random.fold_in(key, place), logits / jnp.maximum(temperature, 1e-6))
     token = jnp.where(temperature > 0, drawn, logits.argmax(axis=1))
     return tokens.at[:, place].set(token.astype(tokens.dtype))

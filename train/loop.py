@@ -120,7 +120,7 @@ def train(
     Raises:
         TrainError: A loss or a gradient is not finite any more, or something cannot be written.
     """
-    run, units, agree = config.run, Units(corpus), Agreement(LAG)
+    run, units, agree = config.run, Units(corpus, read=(_evaluated(config), config.run.eval_tokens)), Agreement(LAG)
     step, stop = int(state.step), min(config.optimizer.steps, run.stop_at or config.optimizer.steps)
     seconds = math.inf if run.seconds is None else run.seconds
     tokens_per_step = config.data.batch_size * config.data.seq_len

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.data import Corpus
+from train.config import DataConfig
+from train.data import Corpus, evaluated_bytes
 from train.errors import TrainError
 from train.files import cannot_be, write_whole
 from train.processes import is_first
@@ -119,12 +120,17 @@ class Units:
     Args:
         corpus: Says what a token stands for.
         part: Of the corpus, which the losses are of.
+        read: How an evaluation reads that part, and its limit of tokens: byte pairs of some windows may stand for more
+            or fewer bytes than those of the whole part. None for the whole.
     """
 
-    def __init__(self, corpus: Corpus, part: str = "held_out"):
+    def __init__(self, corpus: Corpus, part: str = "held_out", read: tuple[DataConfig, int] | None = None):
         self.name = "pixel" if corpus.unit == "pixel" else "byte"
-        self._per_token = corpus.units_per_token(part)
         self._of_tokens = corpus.unit == "token"
+        if self._of_tokens and read is not None:
+            self._per_token = evaluated_bytes(corpus, *read, part)
+        else:
+            self._per_token = corpus.units_per_token(part)
 
     def bits(self, nats: float) -> float:
         """Bits a byte, or a pixel, of nats a token."""

@@ -17,6 +17,8 @@ from train.mesh import mesh_problem
 from train.moa.plan import load_plan
 from train.processes import connect
 
+PATHS = ("data", "bpe", "cache")  # options of the data that may differ where a run goes on: they may have been moved
+
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Reads the command line and, with `--resume`, the options of the run to continue; joins other processes.
@@ -47,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         f"--{name.replace('_', '-')} ({old} there, {new} here)"
         for section in ("model", "data", "optimizer")
         for name, old, new in _differences(getattr(stored, section), getattr(asked, section))
+        if name not in PATHS  # the text and its tokens are compared themselves
     ]
     if differing:
         raise TrainError(
@@ -86,6 +89,8 @@ def _under_plan(model: ModelConfig, path: str) -> ModelConfig:
 
 
 def _absolute(option: str, path: str | None) -> str | None:
+    if path == "":  # as an unset variable of a shell gives; it would be the current folder
+        raise TrainError(f"--{option} is empty. Name a path, or leave it out.")
     return None if path is None else str(expanded(option, path).resolve())
 
 

@@ -101,7 +101,7 @@ def summary(
         device: The kind of device that it ran on.
         history: Its metrics.
         unit: "byte" or "pixel".
-        evaluation: What `python -m train evaluate` found, if it was called.
+        evaluation: What `python -m train evaluate` found on the test part, if it was called.
         target: Held-out bits whose time is asked for.
 
     Returns:
@@ -117,6 +117,10 @@ def summary(
     devices = math.prod(axis_sizes(config.run.mesh).values()) if config.run.mesh else 1
     rate = steps[-1] * tokens_per_step / seconds[-1]
     best = min(range(len(held_out)), key=held_out.__getitem__)
+    # Not of a checkpoint from before the run went on, nor of a part of the test part.
+    tested = evaluation or {}
+    if tested.get("step") not in (held_out_steps[best], held_out_steps[-1]) or tested.get("tokens"):
+        tested = {}
     return {
         "run": name,
         "attention": config.model.attention,
@@ -134,7 +138,7 @@ def summary(
         "held_out_perplexity": _last(history, "held_out_perplexity"),
         "best_held_out_bits": held_out[best],
         "best_held_out_step": held_out_steps[best],
-        "test_bits": evaluation.get(f"bits_per_{unit}") if evaluation and evaluation.get("part") == "test" else None,
+        "test_bits": tested.get(f"bits_per_{unit}"),
         "density": _density(config, history),
         "coverage": _coverage(history),
         "tokens_per_second": rate,

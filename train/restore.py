@@ -46,25 +46,26 @@ def restored(
         return model, checkpoints.restore(step, like)
 
 
-def parameters_of(run: str, corpus: Corpus, like: Any) -> Any:
+def variables_of(run: str, corpus: Corpus, like: TrainState) -> tuple[Any, Any]:
     """Reads the best parameters of a run, to start another from.
 
     Args:
         run: The run's folder.
         corpus: What is trained on.
-        like: Parameters of the shapes that are wanted.
+        like: A state of the shapes that are wanted.
 
     Returns:
-        The parameters.
+        The parameters; and the other variables, centroids among them, those of `like` where they have other shapes.
 
     Raises:
         TrainError: There are none, or they are of another model.
     """
     folder = expanded("start-from", run)
     _, state = restored(folder, load_config(folder), corpus, "best")
-    if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, like):
+    if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, like.params):
         raise TrainError(
             f"--start-from: the model of {folder} has other parameters than this one. Give this run the same --layers, "
             f"--width, --heads, --positions and --share-query-key."
         )
-    return state.params
+    same = jax.tree.map(jnp.shape, state.fixed) == jax.tree.map(jnp.shape, like.fixed)
+    return state.params, state.fixed if same else like.fixed

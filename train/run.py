@@ -19,7 +19,7 @@ from train.mesh import gathered, init_on, make_mesh, rows_to_read
 from train.metrics import Metrics, Units
 from train.plot import PLOT_FILE, plot_losses
 from train.processes import is_first, one_speaks
-from train.restore import parameters_of
+from train.restore import variables_of
 from train.sample import SampleOptions, write_sample
 from train.step import LanguageModel, TrainState
 
@@ -42,8 +42,9 @@ def run(config: Config) -> int:
         with out_of_memory_in_one_line(_remedy):
             model, state = init_on(mesh, config, corpus.vocab_size)
         if config.run.start_from is not None and not config.run.resume:
-            params = parameters_of(config.run.start_from, corpus, state.params)
-            state = state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params)))
+            params, fixed = variables_of(config.run.start_from, corpus, state)
+            as_before = lambda new, old: jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
+            state = state._replace(params=as_before(params, state.params), fixed=as_before(fixed, state.fixed))
         folder = open_folder(config, corpus)
         with out_of_memory_in_one_line(lambda: _remedy(folder)):
             return _run(config, corpus, folder, mesh, model, state)

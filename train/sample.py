@@ -12,7 +12,7 @@ import tyro
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
 from train.files import cannot_be
-from train.folder import expanded, load_config
+from train.folder import expanded, load_config, moved
 from train.generate import can_decode, generate
 from train.memory import out_of_memory_in_one_line
 from train.plot import draw_images
@@ -44,6 +44,10 @@ class SampleOptions:
     """Decides the draw."""
     out: str | None = None
     """File to write. Default: in the run's folder."""
+    data: str | None = None
+    """Where the run's data lie now, if they were moved."""
+    bpe: str | None = None
+    """Likewise, of the files of its byte pairs."""
 
     def problem(self) -> str | None:
         """What is wrong with these options, in one line; None if nothing is."""
@@ -74,7 +78,7 @@ def sample_run(options: SampleOptions) -> int:
     if problem:
         raise TrainError(problem)
     folder = expanded("run", options.run)
-    config = load_config(folder)
+    config = moved(load_config(folder), options.data, options.bpe)
     corpus = load_corpus(config.data)
     model, state = restored(folder, config, corpus, options.checkpoint)
     title = f"{folder}, step {int(state.step)}; {corpus.name}"
@@ -104,6 +108,8 @@ def write_sample(
     kind: Literal["text", "images"] = "images" if corpus.unit == "pixel" else "text"
     folder = expanded("run", options.run)
     path = folder / SAMPLE_FILES[kind] if options.out is None else expanded("out", options.out)
+    if kind == "images" and path.suffix.lower() != ".png":
+        raise TrainError(f"--out must end in .png for pictures, got {path}.")
     prompt = _prompt(options, corpus)
     if not can_decode(model, state):
         print("reformer layers cannot decode with a cache: each token costs a pass over the window")
@@ -116,6 +122,7 @@ def write_sample(
             window=window,
             temperature=options.temperature,
             seed=options.seed,
+            without=corpus.tokenizer.separator if kind == "images" else None,  # it would be no pixel
         )
     texts = [] if kind == "images" else [_texts(corpus, row[: len(prompt)], row[len(prompt) :]) for row in tokens]
     for before, added in texts:

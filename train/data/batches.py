@@ -81,6 +81,16 @@ def held_out_batches(
         yield windows.read(filled), (np.arange(config.batch_size) < len(real)).astype(np.float32)
 
 
+def evaluated_bytes(corpus: Corpus, config: DataConfig, max_tokens: int = 0, part: str = "held_out") -> float:
+    """Bytes that a token to predict stands for, in the mean over what `held_out_batches` reads: arguments as there."""
+    total = count = 0.0
+    for batch, weights in held_out_batches(corpus, config, max_tokens, part):
+        targets = batch.tokens[:, 1:]
+        total += float(weights @ corpus.tokenizer.token_bytes[targets].sum(axis=1))
+        count += float(weights.sum()) * targets.shape[1]
+    return total / count
+
+
 class _Windows:
     """Windows of `seq_len` tokens of a part side by side, each with one more to predict; or its single images."""
 

@@ -36,6 +36,18 @@ NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 REMEDY = "Name a text or JSON-lines file (also .gz, .zst), a folder or a glob with --data."
 
 
+# What files begin with that are packed, by what packed them; a tar says so further on.
+PACKED = {
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh91AY&SY": "bzip2",
+    b"\x1f\x8b\x08": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+TAR_AT = 257
+
+
 class Piece(NamedTuple):
     """Some of a document; a long one comes in several pieces."""
 
@@ -135,8 +147,10 @@ def _standard_library() -> Source:
 def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase]]:
     """The file as it lies on disk, and unpacked as its name says; errors of reading become `TrainError`."""
     try:
-        with path.open("rb") as raw, _unpacked(path, raw) as stream:
-            yield raw, stream
+        with path.open("rb") as raw:
+            _refuse_packed(path, raw.peek(TAR_AT + 5))
+            with _unpacked(path, raw) as stream:
+                yield raw, stream
     except FileNotFoundError:
         raise TrainError(f"{path} does not exist. {REMEDY}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
@@ -144,6 +158,17 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase]]
         raise TrainError(f"{path} is not a whole {kind} file ({error}). Fetch it again or unpack it.") from None
     except OSError as error:
         raise cannot_be("read", path, error, REMEDY) from None
+
+
+def _refuse_packed(path: Path, start: bytes) -> None:
+    """Fails on archives and packed files that are not read here: their bytes are no text."""
+    kind = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
+    if start[TAR_AT : TAR_AT + 5] == b"ustar" or path.stem.lower().endswith(".tar"):
+        kind = "tar"
+    elif path.suffix.lower() in (".gz", ".zst"):
+        return  # is unpacked, or found to be something else
+    if kind is not None:
+        raise TrainError(f"{path} is packed ({kind}). Unpack it, or pack its text as .gz or .zst.")
 
 
 def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:

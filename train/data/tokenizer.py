@@ -137,7 +137,10 @@ class Gpt2Tokenizer:
             text = content.decode()
         except UnicodeDecodeError as error:
             raise InvalidUtf8(error.start, content[error.start]) from None
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except ValueError as error:  # of the pattern's engine, whose stack ends
+            raise TrainError(f"it holds a run of blanks that is too long for byte pairs ({error})") from None
 
     def decode(self, tokens: np.ndarray) -> bytes:
         return b"".join(self._content[token] for token in np.asarray(tokens).tolist())

@@ -175,6 +175,8 @@ def _result(piece: Piece, tokens: Future[np.ndarray]) -> tuple[Piece, np.ndarray
             f"{piece.path}: byte {piece.offset + error.offset:,} (0x{error.byte:02x}) is not valid UTF-8. "
             f"Mend the file, or take --tokenizer bytes."
         ) from None
+    except TrainError as error:
+        raise TrainError(f"{piece.path}: {error}. Mend the file, or take --tokenizer bytes.") from None
 
 
 def _fingerprint(source: Source, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from train.config import Config
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
 from train.files import cannot_be, try_to_write
-from train.folder import expanded, facts_of, load_config
+from train.folder import check_corpus, expanded, facts_of, load_config, moved
 from train.metrics import Units
 from train.moa import choose, plot
 from train.moa.evaluate import held_out_loss
@@ -98,10 +98,11 @@ def moa(options: MoaOptions) -> int:
     _check_model(config.model)
     # In batches that fit where a part of a training step does.
     data = dataclasses.replace(config.data, batch_size=config.data.batch_size // config.optimizer.accumulate)
-    if options.data is not None:
-        data = dataclasses.replace(data, data=str(expanded("data", options.data).resolve()))
-    config = dataclasses.replace(config, data=data)
+    config = moved(dataclasses.replace(config, data=data), options.data, None)
+    data = config.data
     corpus = load_corpus(data)
+    if options.data is None:
+        check_corpus(folder, corpus)
     lengths = _lengths(options, config, corpus)
     files = _files(path)
     model, state = restored(folder, config, corpus, options.checkpoint)
@@ -194,7 +195,7 @@ def _evaluate(
     options: MoaOptions, config: Config, corpus: Corpus, model: LanguageModel, state: TrainState, plans: dict[str, Plan]
 ) -> dict[str, Any]:
     """Held-out bits of the dense model and under each plan, at the length of the run's sequences."""
-    units = Units(corpus)
+    units = Units(corpus, read=(config.data, options.eval_tokens))
     bits = {}
     for name, plan in {"dense": None, **plans}.items():
         nats = held_out_loss(config, corpus, state, plan, options.eval_tokens)

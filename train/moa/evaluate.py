@@ -23,13 +23,15 @@ def held_out_loss(config: Config, corpus: Corpus, state: TrainState, plan: Plan 
         config: Of the run that trained it.
         corpus: Where the held-out text comes from.
         state: The model's arrays.
-        plan: The plan; None for the model as it is.
+        plan: The plan; None for all earlier keys, also where the model would drop some at evaluation.
         max_tokens: Read about this many at most; 0 for all.
 
     Returns:
         Nats a token.
     """
-    shape = config.model if plan is None else under_plan(config.model, plan)
+    shape = (
+        dataclasses.replace(config.model, drop_at_evaluation=False) if plan is None else under_plan(config.model, plan)
+    )
     rngs = functools.partial(nnx.Rngs, params=0, sparsity=0)
     sizes = {"vocab_size": corpus.vocab_size, "max_length": config.data.seq_len}
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(shape, rngs=rngs(), **sizes)))

@@ -139,9 +139,9 @@ def test_the_model_beside_the_plans_drops_nothing(start, tmp_path):
     more = {"attention": "qk", "drop_rate": 0.5, "seq_len": 32, "steps": 2, "sample_length": 0}
     assert start(**more, out=run) == 0
     config = load_config(run)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_at_evaluation=True))
     corpus = load_corpus(config.data)
     _, state = restored(run, config, corpus, "last")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_at_evaluation=True))
     whole = Plan((((32, 0.0), (32, 0.0)),), num_sinks=0)
     dense, planned = (held_out_loss(config, corpus, state, plan, 64) for plan in (None, whole))
     assert dense == pytest.approx(planned, rel=1e-5)

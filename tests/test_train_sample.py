@@ -148,9 +148,19 @@ def test_a_run_without_a_checkpoint_or_of_another_model_says_so(trained, capsys)
     (trained / "config.json").write_text(config.replace('"attention": "dense"', '"attention": "dense-cudnn"'))
     assert main(["sample", str(trained)]) == 2
     assert "config.json: --attention dense-cudnn needs" in capsys.readouterr().err
-    (trained / "config.json").write_text(config.replace('"width": 16', '"width": 32'))
-    assert main(["sample", str(trained)]) == 2
-    assert "is a checkpoint of another configuration" in capsys.readouterr().err
+    for here, other, said in (
+        ('"width": 16', '"width": 32', "there and"),
+        # Parameters of the same shapes.
+        ('"attention": "dense"', '"attention": "window"', "attention is dense there and window here"),
+    ):
+        (trained / "config.json").write_text(config.replace(here, other))
+        assert main(["sample", str(trained)]) == 2
+        complaint = capsys.readouterr().err
+        assert "is a checkpoint of another configuration" in complaint
+        assert said in complaint
+    (trained / "config.json").write_text(config.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    assert main(["sample", str(trained), "--length=2"]) == 0  # they mean the same
+    (trained / "config.json").write_text(config)
     for checkpoint in (trained / "checkpoints").iterdir():
         checkpoint.rename(trained / checkpoint.name)
     assert main(["sample", str(trained)]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from models import ModelConfig
 from train.errors import TrainError
 from train.processes import is_first
 from train.step import TrainState
@@ -28,6 +30,8 @@ class Checkpoints:
 
     Args:
         folder: The run's folder.
+        model: Stands in each checkpoint, and is compared where one is read: layers of many kinds have parameters of the
+            same shapes. None for neither.
 
     Attributes:
         best_loss: The lowest held-out loss of a checkpoint, nats a token; infinite if there is none.
@@ -37,8 +41,9 @@ class Checkpoints:
             it is left.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, model: ModelConfig | None = None):
         self._path = (folder / CHECKPOINT_FOLDER).resolve()
+        self._model = {} if model is None else _meaning(model)
         best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=_held_out_loss,
@@ -117,6 +122,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
                 ),
                 metrics={"held_out_loss": held_out_loss},
+                custom_metadata={"model": self._model},
             )
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
@@ -149,6 +155,10 @@ class Checkpoints:
 
     def _check_fits(self, step: int, like: TrainState) -> None:
         there, here = (_shapes(tree) for tree in (self._manager.item_metadata(step)["state"].tree, like._asdict()))
+        # Earlier versions wrote no model, or one with fewer options.
+        model = (self._manager.metadata(step).custom_metadata or {}).get("model", {})
+        known = model.keys() & self._model.keys()
+        there, here = ({**{name: x[name] for name in known}, **y} for x, y in ((model, there), (self._model, here)))
         differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         if differing:
             name = differing[0]
@@ -195,6 +205,12 @@ def _held_out_loss(metrics: Any) -> float:
     """Infinite where it is not known: orbax warns of checkpoints without metrics."""
     loss = metrics["held_out_loss"]
     return math.inf if loss is None else loss
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """The options that decide what parameters are for, as JSON gives them back."""
+    options = json.loads(json.dumps(dataclasses.asdict(model)))
+    return {name: value for name, value in options.items() if name not in ("preset", "dtype", "remat")}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

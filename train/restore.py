@@ -37,7 +37,7 @@ def restored(
     if wrong:
         raise TrainError(f"{folder / CONFIG_FILE}: {wrong}")
     model, like = init(config.model, config.optimizer, vocab_size=corpus.vocab_size, max_length=config.data.seq_len)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, config.model) as checkpoints:
         step = checkpoints.latest_step
         if step is None:
             raise TrainError(f"{folder} holds no checkpoint yet. Train it first.")

@@ -66,7 +66,7 @@ def _run(
     print(f"writing to {folder}")
 
     batches = training_batches(corpus, data, config.optimizer.seed, *rows_to_read(mesh, data.batch_size))
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, config.model) as checkpoints:
         if config.run.resume:
             if checkpoints.latest_step is None:
                 print("no checkpoint was written yet: starting from step 0")

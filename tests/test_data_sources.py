@@ -69,6 +69,12 @@ def test_a_folder_and_a_glob_are_read_in_the_order_of_their_names(tmp_path):
     assert load(folder).name == "shards, 4 files"
 
 
+def test_a_text_about_an_archive_is_a_text(tmp_path):
+    path = tmp_path / "notes.tar.txt"
+    path.write_bytes(b"BZh and PK begin what is packed")
+    assert text_of(load(path)).endswith(path.read_bytes())
+
+
 def test_a_name_with_the_signs_of_a_glob_is_still_a_name(tmp_path):
     path = tmp_path / "a[1]*.txt"
     path.write_text("some text")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 
 import numpy as np
 import pytest
+from data_cases import write_bpe
 
 from train import evaluate
 from train.__main__ import main
+from train.data import evaluated_bytes, load_corpus
+from train.folder import load_config
 
 
 @pytest.fixture
@@ -60,14 +64,32 @@ def test_data_may_be_moved_but_another_text_is_refused(start, text, tmp_path, ca
     assert found["bits_per_byte"] == pytest.approx(held_out, rel=1e-6)
     assert main(["sample", str(run), "--data", str(elsewhere), "--length=3"]) == 0
     assert main(["--resume", "--out", str(run), "--data", str(elsewhere), "--sample-length=0"]) == 0
-    text.write_bytes(elsewhere.read_bytes()[: text_size(elsewhere) // 2])
+    text.write_bytes(elsewhere.read_bytes()[:1600])
     capsys.readouterr()
     assert main(["evaluate", str(run), "--part=held_out"]) == 2
     assert "was written for another text (text.txt) than the one found now" in capsys.readouterr().err
 
 
-def text_size(path):
-    return path.stat().st_size
+def test_bits_of_byte_pairs_are_of_the_bytes_that_were_read(start, tmp_path, capsys):
+    run, bpe = tmp_path / "run", write_bpe(tmp_path / "bpe")
+    pairs = {"tokenizer": "gpt2", "bpe": bpe, "cache": tmp_path / "cache"}
+    text = tmp_path / "uneven.txt"
+    text.write_text("".join(f"{number} the the the\n\n   x" if number % 3 else "0123456789" for number in range(200)))
+    more = {"attention": "identity", "data": text, "held_out": 0.2, "eval_tokens": 40}
+    assert start(**more, **pairs, out=run, steps=2, sample_length=0) == 0
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    config = load_config(run)
+    corpus = load_corpus(config.data)
+    read = evaluated_bytes(corpus, config.data, 40)
+    assert abs(read / corpus.units_per_token("held_out") - 1) > 0.01
+    assert last["held_out_bits_per_byte"] == pytest.approx(last["held_out_loss"] / math.log(2) / read)
+    bpe.rename(tmp_path / "elsewhere")
+    arguments = [str(run), "--part=held_out", "--tokens=40"]
+    assert main(["evaluate", *arguments]) == 2
+    assert "Name a folder that holds GPT-2's encoder.json and vocab.bpe" in capsys.readouterr().err
+    assert main(["evaluate", *arguments, "--bpe", str(tmp_path / "elsewhere")]) == 0
+    found = evaluate.read_evaluation(run, "held_out")
+    assert found["bits_per_byte"] == pytest.approx(last["held_out_bits_per_byte"], rel=1e-6)
 
 
 def test_what_cannot_be_evaluated_is_one_line(start, tmp_path, capsys):

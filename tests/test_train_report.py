@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import train.__main__
 import train.plot
 import train.report
 from models import ModelConfig
@@ -158,6 +159,15 @@ def test_many_runs_can_be_told_apart_and_a_slow_one_leaves_room_for_the_others(t
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 30
     assert [text.get_text() for legend in even.legends for text in legend.get_texts()] == [str(x) for x in range(30)]
     assert [axes.get_xscale() for axes in (*even.axes, *uneven.axes)] == ["linear", "linear", "linear", "log"]
+
+
+def test_ctrl_c_says_what_can_be_done_after_the_command(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(train.__main__.COMMANDS, "report", (train.report.ReportOptions, interrupted))
+    assert main(["report", "a"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted: python -m train report does it anew\n"
 
 
 def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path, monkeypatch, capsys):

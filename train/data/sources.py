@@ -163,10 +163,11 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedIOBase]]
 def _refuse_packed(path: Path, start: bytes) -> None:
     """Fails on archives and packed files that are not read here: their bytes are no text."""
     kind = next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None)
-    if start[TAR_AT : TAR_AT + 5] == b"ustar" or path.stem.lower().endswith(".tar"):
+    is_unpacked = path.suffix.lower() in (".gz", ".zst")  # or found to be something else
+    if start[TAR_AT : TAR_AT + 5] == b"ustar" or (is_unpacked and path.stem.lower().endswith(".tar")):
         kind = "tar"
-    elif path.suffix.lower() in (".gz", ".zst"):
-        return  # is unpacked, or found to be something else
+    elif is_unpacked:
+        return
     if kind is not None:
         raise TrainError(f"{path} is packed ({kind}). Unpack it, or pack its text as .gz or .zst.")
 

@@ -83,7 +83,8 @@ def test_a_start_from_another_run_takes_its_centroids(start, tmp_path):
     assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (trained.fixed, other.fixed)), strict=True))
     params, fixed = variables_of(str(run), corpus, other)
     jax.tree.map(np.testing.assert_array_equal, (params, fixed), (trained.params, trained.fixed))
-    assert start(attention="hash", hash="kmeans", out=tmp_path / "on", start_from=run, steps=1, sample_length=0) == 0
+    more = {"start_from": run, "seed": 1, "steps": 1, "sample_length": 0}  # centroids of its own would be others
+    assert start(attention="hash", hash="kmeans", out=tmp_path / "on", **more) == 0
     best = min(line["held_out_loss"] for line in read_metrics(run) if "held_out_loss" in line)
     first = next(line["held_out_loss"] for line in read_metrics(tmp_path / "on") if "held_out_loss" in line)
     assert first == pytest.approx(best, rel=1e-6)

@@ -1,130 +1,129 @@
-"""Checks of arguments: on static facts only, so that they work under `jit`, with errors that name the argument."""
+"""Checks of arguments: on static facts alone, so that they work under `jax.jit`, with errors that name the argument."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
-FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-OFFSET_LIMIT = 2**30  # far past any length, and such that adding a length stays within int32
+FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+INTS = (jnp.dtype(jnp.int32), jnp.dtype(jnp.int16), jnp.dtype(jnp.int8))
 
 
-def attention_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Axes:
+    """Checks shapes against each other: what an axis is called decides which others it must equal.
+
+    Args:
+        **sizes: Sizes that are known beforehand, by the letter of the axis.
+    """
+
+    def __init__(self, **sizes: int):
+        self.sizes = sizes
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def check(self, name: str, x: Any, layout: str) -> None:
+        """Checks one argument and remembers the sizes of its axes.
+
+        Args:
+            name: Of the argument, for errors.
+            x: The argument.
+            layout: Its axes, as in `"B T N"`; an axis marked as in `"#B"` may also be 1.
+
+        Raises:
+            ValueError: The shape has another rank, or an axis another size.
+        """
+        letters = layout.replace("#", "").split()
+        expected = [
+            f"{letter} = {self.sizes[letter]}{' or 1' if f'#{letter}' in layout.split() else ''}"
+            for letter in letters
+            if letter in self.sizes
+        ]
+        problem = f"{name} must be [{', '.join(letters)}]" + (f" with {', '.join(expected)}" if expected else "")
+        if len(x.shape) != len(letters):
+            raise ValueError(f"{problem}, got shape {tuple(x.shape)}.")
+        for axis, letter, size in zip(layout.split(), letters, x.shape, strict=True):
+            if axis.startswith("#") and size == 1:
+                continue
+            if self.sizes.setdefault(letter, size) != size:
+                raise ValueError(f"{problem}, got shape {tuple(x.shape)}.")
+
+
+def array(name: str, x: Any, dtypes: Sequence[Any], described: str) -> None:
+    """Checks that an argument is an array of one of some dtypes."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {described}, got {x.dtype}.")
+
+
+def floats(name: str, x: Any) -> None:
+    """Checks that an argument is an array of floats that the operators compute with."""
+    array(name, x, FLOATS, "float32, bfloat16 or float16")
+
+
+def integers(name: str, x: Any) -> None:
+    """Checks that an argument is an array of int32, or of what int32 holds."""
+    array(name, x, INTS, "int32")
+
+
+def booleans(name: str, x: Any) -> None:
+    """Checks that an argument is a mask."""
+    array(name, x, [jnp.dtype(bool)], "boolean (True = take part)")
+
+
+def attention_arrays(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Checks query, key and value against each other and adds a batch axis where they have none.
 
     Returns:
-        The three as `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, H]`.
+        The three as `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_array(name, x)
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}.")
-        if x.ndim not in (3, 4):
-            raise ValueError(f"{name} must be [B, T, N, H] or [T, N, H], got shape {x.shape}.")
+        floats(name, x)
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}.")
-        if x.ndim != query.ndim:
-            raise ValueError(f"{name} must have the rank of query, {query.ndim}, got shape {x.shape}.")
-    query, key, value = (jnp.asarray(x)[None] if x.ndim == 3 else jnp.asarray(x) for x in (query, key, value))
-    if key.shape != value.shape:
-        raise ValueError(f"value must have the shape of key, {key.shape}, got {value.shape}.")
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}.")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have the head size of query, {query.shape[3]}, got {key.shape[3]}.")
-    if query.shape[3] == 0:
-        raise ValueError(f"query must have a head size of at least 1, got shape {query.shape}.")
-    heads, key_heads = query.shape[2], key.shape[2]
-    if heads == 0 or key_heads == 0 or heads % key_heads:
-        raise ValueError(f"key must have a number of heads that divides that of query, got {key_heads} and {heads}.")
-    return query, key, value
+    batch = "" if len(query.shape) == 3 else "B "
+    axes = Axes()
+    axes.check("query", query, f"{batch}T N H")
+    axes.check("key", key, f"{batch}S K H")
+    axes.check("value", value, f"{batch}S K V")
+    if axes["H"] == 0 or axes["V"] == 0:
+        raise ValueError(f"query and value must have a head size of at least 1, got {query.shape} and {value.shape}.")
+    if axes["N"] == 0 or axes["K"] == 0 or axes["N"] % axes["K"]:
+        raise ValueError(
+            f"key must have a number of heads that divides that of query, got {axes['K']} and {axes['N']}."
+        )
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    return (query, key, value) if batch else (query[None], key[None], value[None])
 
 
-def per_token(name: str, x: jax.Array, dtype) -> jax.Array:
-    """Checks a value per token and head, `[B, L, N]` or `[L, N]`, and returns it with a batch axis."""
-    _check_array(name, x)
-    if dtype == jnp.bool_:
-        if x.dtype != jnp.bool_:
-            raise TypeError(f"{name} must be boolean (True = take part), got {x.dtype}.")
-    elif x.dtype not in (jnp.int32, jnp.int16, jnp.int8):
-        raise TypeError(f"{name} must be int32, got {x.dtype}.")
-    if x.ndim not in (2, 3):
-        raise ValueError(f"{name} must be [B, length, heads] or [length, heads], got shape {x.shape}.")
-    x = jnp.asarray(x, dtype)
-    return x[None] if x.ndim == 2 else x
-
-
-def length(name: str, x: jax.Array) -> int:
+def length(name: str, x: Any) -> int:
     """The length of the sequence `x`, `[B, L, N, H]` or `[L, N, H]`."""
-    _check_array(name, x)
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     if len(x.shape) not in (3, 4):
-        raise ValueError(f"{name} must be [B, length, heads, H] or [length, heads, H], got shape {x.shape}.")
+        raise ValueError(f"{name} must be [B, length, heads, H] or [length, heads, H], got shape {tuple(x.shape)}.")
     return x.shape[-3]
 
 
-def index_fits(index, query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> None:
-    """Checks the lengths, batch and heads of a `SparseIndex` against those of the attention call."""
-    if not hasattr(index, "key_code"):
-        raise TypeError(f"index must be a SparseIndex, got {type(index).__name__}.")
-    for side, array, shape in (("query", index.low, query_shape), ("key", index.key_code, key_shape)):
-        batch, heads, rows = array.shape
-        if rows != shape[1]:
-            raise ValueError(f"{side} has {shape[1]} rows, but the index was built for {rows}.")
-        if batch not in (1, shape[0]):
-            raise ValueError(f"{side} has batch size {shape[0]}, but the index was built for {batch}.")
-        if heads == 0 or query_shape[2] % heads or (side == "key" and shape[2] % heads):
-            raise ValueError(f"{side} has {shape[2]} heads, but the index was built for {heads}.")
-
-
-def query_offset(offset: Any) -> jax.Array:
-    """Checks the position of the first query and returns it as int32 `[B or 1, 1, 1]`."""
-    if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
-        return jnp.full((1, 1, 1), np.clip(offset, -OFFSET_LIMIT, OFFSET_LIMIT), jnp.int32)
-    _check_array("query_offset", offset)
-    if offset.dtype not in (jnp.int32, jnp.int16, jnp.int8):
-        raise TypeError(f"query_offset must be an int or an int32 array, got {offset.dtype}.")
-    if offset.ndim > 1:
-        raise ValueError(f"query_offset must be an int, [] or [B], got shape {offset.shape}.")
-    return jnp.clip(jnp.asarray(offset, jnp.int32), -OFFSET_LIMIT, OFFSET_LIMIT).reshape(-1, 1, 1)
-
-
-def earlier(offset: Any, by: Any) -> Any:
-    """A `query_offset` less `by`, which wraps around in no dtype that `query_offset` takes."""
-    if getattr(offset, "dtype", None) in (jnp.int32, jnp.int16, jnp.int8):
-        offset = jnp.clip(jnp.asarray(offset, jnp.int32), -OFFSET_LIMIT, OFFSET_LIMIT)
-    return offset - by
-
-
-def window(value: Any) -> jax.Array | None:
-    """Checks the lengths of windows and returns them as int32 `[B or 1, N or 1, 1]`, or None for no window."""
-    if value is None:
-        return None
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        if value < 0:
-            raise ValueError(f"window must be at least 0, got {value}.")
-        return jnp.full((1, 1, 1), min(value, OFFSET_LIMIT), jnp.int32)
-    if not hasattr(value, "dtype") or value.dtype not in (jnp.int32, jnp.int16, jnp.int8):
-        got = value.dtype if hasattr(value, "dtype") else repr(value)
-        raise TypeError(f"window must be None, an int or an int32 array, got {got}.")
-    if value.ndim > 2:
-        raise ValueError(f"window must be an int, [], [N] or [B, N], got shape {value.shape}.")
-    value = jnp.clip(jnp.asarray(value, jnp.int32), 0, OFFSET_LIMIT)
-    return value.reshape(value.shape[0] if value.ndim == 2 else 1, -1, 1)
-
-
-def segment_ids(name: str, x: jax.Array, length: int) -> jax.Array:
-    """Checks segment ids, `[B, L]` or `[L]`, and returns int32 `[B or 1, L]`."""
-    _check_array(name, x)
-    if x.dtype not in (jnp.int32, jnp.int16, jnp.int8):
-        raise TypeError(f"{name} must be int32, got {x.dtype}.")
-    if x.ndim not in (1, 2) or x.shape[-1] != length:
-        raise ValueError(f"{name} must be [B, {length}] or [{length}], got shape {x.shape}.")
-    x = jnp.asarray(x, jnp.int32)
-    return x[None] if x.ndim == 1 else x
+def per_token(name: str, x: Any, dtype: Any, length: int | None = None) -> jax.Array:
+    """Checks what each token of each head has, `[B, L, N]` or `[L, N]` (`L` may be 1), and returns `[B, N, L]`."""
+    (booleans if dtype == jnp.bool_ else integers)(name, x)
+    if len(x.shape) not in (2, 3):
+        raise ValueError(f"{name} must be [B, length, heads] or [length, heads], got shape {tuple(x.shape)}.")
+    if length is not None and x.shape[-2] not in (1, length):
+        raise ValueError(f"{name} must have {length} rows or 1, got shape {tuple(x.shape)}.")
+    x = jnp.asarray(x, dtype)
+    x = x[None] if x.ndim == 2 else x
+    length = x.shape[1] if length is None else length
+    return jnp.broadcast_to(x, (x.shape[0], length, x.shape[2])).swapaxes(1, 2)
 
 
 def batches(**arrays: jax.Array) -> None:
@@ -136,38 +135,31 @@ def batches(**arrays: jax.Array) -> None:
         )
 
 
-def starts_at_zero(query_offset: Any) -> bool:
-    """Whether queries are known to count from 0, as keys do."""
-    return isinstance(query_offset, int) and query_offset == 0
-
-
-def static_int(name: str, value: Any, least: int) -> None:
+def static_int(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Checks a number that decides shapes or launches."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a static int, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
+
+
+def static_number(name: str, value: Any) -> float:
+    """Checks a finite number that is no data, and returns it as a float."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be a static number, got a traced value.")
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    return float(value)
 
 
 def num_buckets(value: int | None) -> None:
     """Checks the promise about bucket ids."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
-        raise TypeError(f"num_buckets must be a static int or None, got {value!r}.")
-    if value is not None and value < 1:
-        raise ValueError(f"num_buckets must be at least 1, got {value}.")
-
-
-def scale(value: float | None, head_dim: int) -> float:
-    """Returns the factor of the scores as a static float."""
-    if value is None:
-        return head_dim**-0.5
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError("scale must be a static float; multiply query by a traced one instead.")
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"scale must be a float or None, got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {value}.")
-    return float(value)
+    if value is not None:
+        static_int("num_buckets", value, least=1)
 
 
 def precision(value: Any) -> None:
@@ -176,32 +168,22 @@ def precision(value: Any) -> None:
         raise ValueError(f'precision must be "float32" or "tf32", got {value!r}.')
 
 
-def output_dtype(dtype, default: jnp.dtype) -> jnp.dtype:
+def output_dtype(dtype: Any, default: Any) -> jnp.dtype:
     """Returns the dtype of the output."""
-    dtype = default if dtype is None else jnp.dtype(dtype)
-    if dtype not in FLOAT_DTYPES:
+    dtype = jnp.dtype(default if dtype is None else dtype)
+    if dtype not in FLOATS:
         raise TypeError(f"output_dtype must be float32, bfloat16 or float16, got {dtype}.")
     return dtype
 
 
-def parts(outputs: list, logsumexps: list, dtype) -> jnp.dtype:
-    """Checks results that are to be merged and returns the dtype of what they merge to."""
-    if not outputs or len(outputs) != len(logsumexps):
-        raise ValueError(
-            f"outputs and logsumexps must be as many, at least one, got {len(outputs)} and {len(logsumexps)}."
-        )
-    for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps)):
-        for x in arrays:
-            _check_array(name, x)
-            if x.dtype not in (FLOAT_DTYPES if name == "outputs" else (jnp.float32,)):
-                supported = "float32, bfloat16 or float16" if name == "outputs" else "float32"
-                raise TypeError(f"{name} must be {supported}, got {x.dtype}.")
-            expected = outputs[0].shape if name == "outputs" else outputs[0].shape[:-1]
-            if x.shape != expected:
-                raise ValueError(f"{name} must have shape {expected} like the first of the outputs, got {x.shape}.")
-    return output_dtype(dtype, jnp.result_type(*outputs))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def in_debugging(condition: Callable[..., tuple[jax.Array, ...]], message: str, *arrays: Any) -> None:
+    """Checks values under `jax.experimental.checkify`; elsewhere it computes nothing.
 
-
-def _check_array(name: str, x) -> None:
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    Args:
+        condition: A function of the arrays: whether all is well, and the values that the message tells.
+        message: With a `{}` for each of those values.
+        *arrays: What to check.
+    """
+    holds, *values = condition(*arrays)
+    checkify.debug_check(holds, message, *values)

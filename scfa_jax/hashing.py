@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import string
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from scfa_jax import _checks, partitioning
+from scfa_jax import _checks, _partitioning
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int32
 
 
-def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets: int) -> jax.Array:
-    """Draws random directions for angular locality-sensitive hashing, one set a head.
+def random_rotations(
+    key: jax.Array, num_heads: int, head_dim: int, num_buckets: int
+) -> Float32[Array, "{num_heads} {head_dim} {num_buckets}//2"]:
+    """Draws random directions for angular locality-sensitive hashing, one set per head.
 
     Source: Andoni et al. 2015, as used by Kitaev et al. 2020 (Reformer).
 
@@ -39,7 +44,7 @@ def random_rotations(key: jax.Array, num_heads: int, head_dim: int, num_buckets:
     return directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
 
 
-def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
+def lsh_hash(x: Float[Array, "*B T N H"], rotations: Float[Array, "N H R"]) -> Int32[Array, "*B T N"]:
     """Hashes vectors by the nearest of `rotations` and their opposites.
 
     Source: Andoni et al. 2015, "Practical and Optimal LSH for Angular Distance", as used by Kitaev et al. 2020
@@ -73,7 +78,9 @@ def lsh_hash(x: jax.Array, rotations: jax.Array) -> jax.Array:
     return jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1).astype(jnp.int32)
 
 
-def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Array]:
+def learned_hash(
+    x: Float[Array, "B T N H"], rotations: Float[Array, "N H R"]
+) -> tuple[Int32[Array, "B T N"], Float32[Array, "B T N"]]:
     """Hashes keys as `lsh_hash` does, with a gate through which the rotations can be learned.
 
     The bucket of a key is the argmax of its projections, which has no gradient. Their softmax has one. So let the gate
@@ -114,54 +121,11 @@ def learned_hash(x: jax.Array, rotations: jax.Array) -> tuple[jax.Array, jax.Arr
     length = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
     logits = x.shape[-1] ** 0.5 * projected / jnp.maximum(length, 1e-6)
     log_probability = jax.nn.log_softmax(jnp.concatenate([logits, -logits], axis=-1))
-    member = (ids[..., None] == jnp.arange(log_probability.shape[-1])).astype(jnp.float32)  # [B, T, N, num_buckets]
+    member = jax.nn.one_hot(ids, log_probability.shape[-1], dtype=jnp.float32)  # [B, T, N, num_buckets]
     chosen = jnp.sum(member * log_probability, axis=-1)
     mean = jnp.einsum("btnm,btn->bnm", member, chosen) / jnp.maximum(member.sum(axis=1), 1)
     gain = chosen - jnp.einsum("btnm,bnm->btn", member, mean)
     return ids, jnp.exp(gain - jax.lax.stop_gradient(gain))
-
-
-def permutation_hash(
-    key: jax.Array, length: int, num_heads: int, num_buckets: int, *, start: jax.Array | int = 0
-) -> jax.Array:
-    """Assigns positions to buckets at random, in equal numbers: a control that ignores what tokens are.
-
-    Every `num_buckets` positions in a row, counted from 0, are spread over all buckets by a random permutation of their
-    own, one a head. So buckets are balanced in every prefix, and a position has the same bucket however long
-    the sequence is and whatever part of it is asked for.
-
-    Args:
-        key: A JAX random key; the same key gives the same buckets.
-        length: Number of positions, `T`.
-        num_heads: `N`.
-        num_buckets: Number of buckets, at least 1.
-        start: The first position, an int or int32 `[]`.
-
-    Returns:
-        int32 `[1, T, N]` of bucket ids in `[0, num_buckets)`.
-
-    Raises:
-        ValueError: `length`, `num_heads` or `num_buckets` is below 0, 1 and 1.
-        TypeError: One of them is no static integer.
-
-    Examples:
-        >>> import jax, scfa_jax
-        >>> hashes = scfa_jax.permutation_hash(jax.random.key(0), length=64, num_heads=2, num_buckets=8)
-        >>> hashes.shape, [int((hashes[0, :, 0] == bucket).sum()) for bucket in range(8)]
-        ((1, 64, 2), [8, 8, 8, 8, 8, 8, 8, 8])
-    """
-    for name, number, least in (("length", length, 0), ("num_heads", num_heads, 1), ("num_buckets", num_buckets, 1)):
-        _checks.static_int(name, number, least)
-    first = start // num_buckets
-    blocks = first + jnp.arange(-(-length // num_buckets) + 1)
-
-    def one_block(block: jax.Array) -> jax.Array:
-        """`[num_buckets, N]`: every column a permutation."""
-        order = jnp.broadcast_to(jnp.arange(num_buckets, dtype=jnp.int32)[:, None], (num_buckets, num_heads))
-        return jax.random.permutation(jax.random.fold_in(key, block), order, axis=0, independent=True)
-
-    ids = jax.vmap(one_block)(blocks).reshape(-1, num_heads)
-    return jax.lax.dynamic_slice_in_dim(ids, start - first * num_buckets, length)[None]
 
 
 def check_num_buckets(num_buckets: int) -> None:
@@ -174,8 +138,7 @@ def check_num_buckets(num_buckets: int) -> None:
         ValueError: It is odd or below 2.
         TypeError: It is no static integer.
     """
-    if isinstance(num_buckets, bool) or not isinstance(num_buckets, int | np.integer):
-        raise TypeError(f"num_buckets must be a static int, got {num_buckets!r}.")
+    _checks.static_int("num_buckets", num_buckets, least=-(2**31))
     if num_buckets < 2 or num_buckets % 2:
         raise ValueError(f"num_buckets must be an even number of at least 2, got {num_buckets}.")
 
@@ -207,5 +170,5 @@ def _projected(x: jax.Array, rotations: jax.Array) -> jax.Array:
     check_hashed(x, "rotations", rotations, "N, H, num_buckets // 2")
     x, rotations = (jnp.asarray(array, jnp.float32) for array in (x, rotations))
     leading = string.ascii_uppercase[: x.ndim - 3]
-    x, rotations = partitioning.aligned([x, rotations], [f"{leading}tn.", "n.."])  # or heads would come together
+    x, rotations = _partitioning.aligned([x, rotations], [f"{leading}tn.", "n.."])  # or heads would come together
     return jnp.einsum("...tnh,nhr->...tnr", x, rotations, precision=jax.lax.Precision.HIGHEST)

@@ -111,7 +111,7 @@ def member_sums(x: jax.Array, ids: jax.Array, num_buckets: int) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must hold floats, got {x.dtype}.")
     unit = _unit(jax.lax.stop_gradient(x).astype(jnp.float32))
-    member = (ids[..., None] == jnp.arange(num_buckets)).astype(jnp.float32) + LEAK
+    member = jax.nn.one_hot(ids, num_buckets, dtype=jnp.float32) + LEAK
     return jnp.einsum("btnm,btnh->nmh", member, unit, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.linen.module import merge_param
 
-from scfa_jax.attention_fn import causal_attention_fn as causal_attention_fn
-from scfa_jax.attention_fn import hash_attention_fn as hash_attention_fn
-from scfa_jax.attention_fn import qk_attention_fn as qk_attention_fn
-from scfa_jax.decoding import Cache, attend_cached, empty_cache
-from scfa_jax.sparsity import BigBird as BigBird
-from scfa_jax.sparsity import Drop as Drop
-from scfa_jax.sparsity import Fixed as Fixed
-from scfa_jax.sparsity import Hash as Hash
-from scfa_jax.sparsity import HeavyHitters as HeavyHitters
-from scfa_jax.sparsity import Implementation, Layout, Sparsity, attend, kind_of
-from scfa_jax.sparsity import KeepTop as KeepTop
-from scfa_jax.sparsity import KMeansHash as KMeansHash
-from scfa_jax.sparsity import LearnedHash as LearnedHash
-from scfa_jax.sparsity import Longformer as Longformer
-from scfa_jax.sparsity import PermutationHash as PermutationHash
-from scfa_jax.sparsity import SparseK as SparseK
-from scfa_jax.sparsity import Strided as Strided
-from scfa_jax.sparsity import Window as Window
+try:
+    from flax import linen as nn
+    from flax.linen.module import merge_param
+except ImportError as error:
+    raise ImportError("scfa_jax.linen needs Flax: pip install 'scfa-jax[flax]'.") from error
+
+from scfa_jax.backends import Implementation
+from scfa_jax.layers import BigBird as BigBird
+from scfa_jax.layers import Cache, Dense, Kind, Layout, State
+from scfa_jax.layers import Drop as Drop
+from scfa_jax.layers import Fixed as Fixed
+from scfa_jax.layers import Hash as Hash
+from scfa_jax.layers import KMeans as KMeans
+from scfa_jax.layers import LearnedRotations as LearnedRotations
+from scfa_jax.layers import Longformer as Longformer
+from scfa_jax.layers import Rotations as Rotations
+from scfa_jax.layers import SparseK as SparseK
+from scfa_jax.layers import Strided as Strided
+from scfa_jax.layers import Window as Window
+from scfa_jax.layers.attention_fn import causal_attention_fn as causal_attention_fn
+from scfa_jax.layers.attention_fn import hash_attention_fn as hash_attention_fn
+from scfa_jax.layers.attention_fn import qk_attention_fn as qk_attention_fn
+from scfa_jax.rotary import rotary as rotary
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 RNG_STREAM = "sparsity"
 COLLECTION = "sparsity"
@@ -36,12 +42,15 @@ CACHE = "cache"
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal self-attention: dense, inside hash buckets, or among random subsets.
+    """Causal self-attention: dense, inside hash buckets, among random subsets, in a window, and other kinds.
 
-    Source: Pagliardini et al. 2023. In hash mode keys are the L2-normalised queries of their head, and a
-    token does not attend to itself. In training each call draws new rotations or keep masks from the rng
-    stream "sparsity", unless it is given those of `draw`. At evaluation hash mode uses the rotations kept in
-    the collection "sparsity" since `init`, and drop mode keeps everything.
+    Source: Pagliardini et al. 2023. With `Hash`, keys are the L2-normalised queries of their head, and a token does not
+    attend to itself. In training each call draws new rotations or keep masks from the rng stream "sparsity", unless it
+    is given those of `draw`. At evaluation `Hash` uses the rotations kept in the collection "sparsity" since `init`,
+    and `Drop` keeps everything.
+
+    **Save the collection "sparsity" with the parameters**: a checkpoint that restores "params" alone evaluates with
+    other rotations or centroids.
 
     With `decode=True`, `init` of tokens `[B, S, E]` also makes the collection "cache", with room for `S` tokens.
     Each `apply(..., mutable=["cache"])` adds its tokens to it and attends from them to all that it holds: first
@@ -56,12 +65,16 @@ class CausalSelfAttention(nn.Module):
         num_heads: Number of query heads, `N`.
         num_key_value_heads: Number of key and value heads, `K`, a divisor of `N`; `N` if None.
         head_dim: Width of a head, `H`; `in_features // num_heads` if None.
-        sparsity: A kind: `Hash(num_buckets)`, `Drop(rate)`, `SparseK(num_keys, window)`; None for dense attention.
+        sparsity: A kind: `Hash(num_buckets)`, `Drop(rate)`, `Window(window)`, `SparseK(num_keys, window)` and others;
+            None for dense attention.
         share_query_key: Whether keys are made of the queries instead of a projection of their own; if None,
             only where the kind of sparsity asks for it, as `Hash` does.
-        normalize_key: Whether keys are scaled to unit length; if None, likewise.
-        rotary: Called as `rotary(x, positions)` with queries or keys `[B, T, heads, H]` and int32 positions
-            `[1 or B, T]` before anything else happens to them; returns the like of `x`.
+        normalize_key: Whether keys are scaled to unit length; if None, only where the kind of sparsity asks for it.
+        rotary: A rotary embedding, as `scfa_jax.linen.rotary`. It is called with queries or keys `[B, T, heads, H]` and
+            int32 positions `[1 or B, T]` before anything else happens to them, and returns an array like the first.
+        logits_soft_cap: Static cap of the logits, `cap * tanh(logit / cap)` as in Gemma 2; None for none.
+        use_sink_logits: Whether each head learns a logit that stands in the denominator of its softmax for no key, as
+            in gpt-oss; it begins at 0.
         use_bias: Whether the projections have biases.
         dtype: Of the computation; inferred from inputs and parameters if None.
         param_dtype: Of the parameters.
@@ -70,11 +83,12 @@ class CausalSelfAttention(nn.Module):
         bias_init: Of the biases.
         deterministic: Whether to evaluate rather than train; here or in the call, if there is a sparsity.
         decode: Whether to use the cache, which is to evaluate too, whatever `deterministic` says.
-        implementation: As in `scfa_jax.causal_attention`.
+        implementation: What computes: "triton", "triton_interpret", "xla", a sequence of these to try in order, or None
+            to choose by the platform that the code is compiled for.
 
     Raises:
-        ValueError: The heads do not divide what they must.
-        TypeError: `sparsity` is of another kind.
+        ValueError: The heads do not divide what they must, or the kind does not go with them.
+        TypeError: `sparsity` is no kind.
 
     Examples:
         >>> import jax
@@ -91,10 +105,12 @@ class CausalSelfAttention(nn.Module):
     num_heads: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    sparsity: Sparsity | None = None
+    sparsity: Kind | None = None
     share_query_key: bool | None = None
     normalize_key: bool | None = None
     rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    logits_soft_cap: float | None = None
+    use_sink_logits: bool = False
     use_bias: bool = True
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -111,7 +127,7 @@ class CausalSelfAttention(nn.Module):
             self.num_heads,
             self.num_key_value_heads,
             self.head_dim,
-            self.sparsity,
+            Dense() if self.sparsity is None else self.sparsity,
             self.share_query_key,
             self.normalize_key,
         )
@@ -128,15 +144,19 @@ class CausalSelfAttention(nn.Module):
             self.key = project(key_shape, kernel_init=self.kernel_init)
         self.value = project(key_shape, kernel_init=self.kernel_init)
         self.out = project(self.in_features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init)
-        kind = kind_of(self.sparsity)
+        kind = self.layout.kind
         self.own_parameters = {
             name: self.param(name, init, shape, self.param_dtype)
             for name, (init, shape) in kind.parameters(self.layout).items()
         }
+        self.sink_logits = None
+        if self.use_sink_logits:
+            zeros = nn.initializers.zeros_init()
+            self.sink_logits = self.param("sink_logits", zeros, (self.layout.num_heads,), self.param_dtype)
         # Training needs no kept draw: `{"params": ...}` alone is enough there.
-        if self.is_initializing() and kind.kept_draw:
+        if self.is_initializing() and kind.kept:
             drawn = self._new_draw(1, 1)
-            for name in kind.kept_draw:
+            for name in kind.kept:
                 self.variable(COLLECTION, name, lambda x: x, drawn[name])
 
     def draw(self, batch_size: int, length: int, *, deterministic: bool | None = None) -> dict[str, jax.Array]:
@@ -152,79 +172,82 @@ class CausalSelfAttention(nn.Module):
             deterministic: Whether to evaluate, unless the module says so.
 
         Returns:
-            `{}`, `{"rotations": float32 [K, H, num_buckets // 2]}`, or
+            Arrays by name, as many as the kind draws: `{}`, `{"rotations": float32 [K, H, num_buckets // 2]}`, or
             `{"query_keep": bool [B, T, N], "key_keep": bool [B, T, K]}`.
 
         Raises:
             ValueError: `deterministic` is given neither or both here and to the module, or the collection
-                "sparsity" is missing at evaluation in hash mode.
+                "sparsity" is missing at evaluation where the kind keeps a draw.
             flax.errors.InvalidRngError: A new draw is needed and there is no stream "sparsity".
         """
-        kind = kind_of(self.sparsity)
+        kind = self.layout.kind
         draws = kind.draws(deterministic=False)
         if draws != kind.draws(deterministic=True):
             draws = kind.draws(self.decode or merge_param("deterministic", self.deterministic, deterministic))
         if draws:
             return self._new_draw(batch_size, length)
-        for name in kind.kept_draw:
+        for name in kind.kept:
             if not self.has_variable(COLLECTION, name):
                 raise ValueError(
                     f"variables must have the collection {COLLECTION!r} at evaluation, "
                     f"where init put the {name} beside 'params'."
                 )
-        return {name: self.get_variable(COLLECTION, name) for name in kind.kept_draw}
+        return {name: self.get_variable(COLLECTION, name) for name in kind.kept}
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T E"],
         *,
         deterministic: bool | None = None,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+        segment_ids: Int[Array, "#B T"] | None = None,
         **draw: jax.Array,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T E"]:
         """Attends.
 
         Args:
-            x: float `[B, T, E]`.
+            x: The tokens.
             deterministic: Whether to evaluate, unless the module says so.
-            positions: int32 `[1 or B, T]` for `rotary`, without which they raise; 0 to `T - 1` if None, and what
-                follows the cache in decoding.
-            segment_ids: int32 `[1 or B, T]`: tokens attend to those of their own id, and not at all with an id
-                below 0 (padding). Positions for `rotary` are not counted anew in each segment. Not in decoding.
-            **draw: What `draw` returns, or the like: `rotations`, float32 `[K, H, num_buckets // 2]`, in hash mode;
-                `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`, in drop mode. Drawn here if left out.
+            positions: int32, for `rotary`, without which they raise; 0 to `T - 1` if None, and what follows the cache
+                in decoding.
+            segment_ids: int32: tokens attend to those of their own id, and not at all with an id below 0 (padding).
+                Positions for `rotary` are not counted anew in each segment. Not in decoding.
+            **draw: What `draw` returns, or arrays like it: `rotations`, float32 `[K, H, num_buckets // 2]`, with
+                `Hash`; `query_keep`, bool `[B, T, N]`, and `key_keep`, bool `[B, T, K]`, with `Drop`. Drawn here if
+                left out.
 
         Returns:
-            `[B, T, E]`; in decoding NaN past the cache's end.
+            An array like `x`; in decoding NaN past the cache's end.
 
         Raises:
-            ValueError: A shape does not fit, a draw does not go with the kind of sparsity, there is no cache to decode
-                with, or as in `draw`.
+            ValueError: A shape does not fit, a draw does not go with the kind, there is no cache to decode with, or
+                `deterministic` is given neither or both here and to the module where it matters.
             TypeError: The cache has another dtype than the computation.
-            NotImplementedError: There are segments in decoding.
+            NotImplementedError: There are segments in decoding, or the kind cannot decode.
         """
-        self.layout.check_input("x", x.shape)
-        draw = {name: drawn for name, drawn in draw.items() if drawn is not None}
-        draw = draw or self.draw(*x.shape[:2], deterministic=deterministic)
-        options: dict[str, Any] = {
-            "normalize_key": self.layout.normalize_key,
-            "rotary": self.rotary,
-            "positions": positions,
-            "segment_ids": segment_ids,
-            "implementation": self.implementation,
-            "tokens": x,
-            **draw,
-            **self.own_parameters,
-        }
+        layout = self.layout
+        layout.check_input("x", x.shape)
+        given = layout.checked_draw(draw) or self.draw(*x.shape[:2], deterministic=deterministic)
+        state = {**given, **self.own_parameters}
+        options: dict[str, Any] = {"implementation": self.implementation, "logits_soft_cap": self.logits_soft_cap}
+        if self.sink_logits is not None:
+            options["sink_logits"] = self.sink_logits
 
         query, value = self.query(x), self.value(x)
-        key = None if self.layout.share_query_key else self.key(x)
-        if not self.decode or self.is_initializing():
+        key = None if layout.share_query_key else self.key(x)
+        in_decoding = self.decode and not self.is_initializing()
+        cache = self._cache() if in_decoding else {}
+        start = cache.get("cache_index", 0)
+        heads = layout.heads(query, key, value, tokens=x, rotary=self.rotary, positions=positions, start=start)
+        if not in_decoding:
             if self.decode:
-                self._put_cache(empty_cache(self.layout, self.sparsity, x.shape[0], x.shape[1], value.dtype))
-            return self.out(attend(query, key, value, self.sparsity, **options))
-        output, cache = attend_cached(self._cache(), query, key, value, self.sparsity, **options)
+                self._put_cache(layout.kind.empty_cache(layout, x.shape[0], x.shape[1], value.dtype))
+            return self.out(layout.kind.attend(heads, state, segment_ids=segment_ids, **options))
+        if segment_ids is not None:
+            raise NotImplementedError(
+                "segment_ids must be None in decoding: a cache holds one sequence per batch element."
+            )
+        output, cache = layout.kind.attend_next(cache, heads, state, **options)
         self._put_cache(cache)
         return self.out(output)
 
@@ -239,5 +262,5 @@ class CausalSelfAttention(nn.Module):
         for name, x in cache.items():
             self.put_variable(CACHE, name, x)
 
-    def _new_draw(self, batch_size: int, length: int) -> dict[str, jax.Array]:
-        return kind_of(self.sparsity).draw(self.make_rng(RNG_STREAM), batch_size, length, self.layout)
+    def _new_draw(self, batch_size: int, length: int) -> State:
+        return self.layout.kind.draw(self.make_rng(RNG_STREAM), batch_size, length, self.layout)

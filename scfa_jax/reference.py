@@ -1,8 +1,8 @@
 """Dense definitions of every operator in plain `jax.numpy`: what the kernels must equal.
 
-Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`.
-They can be differentiated in both modes and any number of times, so this is also where to go for forward mode
-or second derivatives. The operators take the arguments of those in `scfa_jax`, with the same shapes and dtypes, but for
+Each function builds its boolean mask `[B or 1, N or 1, T, S]` and calls `attention`. Memory grows with `T * S`. They
+can be differentiated in both modes and any number of times, so this is also where to go for forward mode or second
+derivatives. They take the arguments of the operators in `scfa_jax`, with the same shapes and dtypes, except for
 `implementation`, `precision` and `block_sizes`, and return the same.
 """
 
@@ -21,6 +21,8 @@ def attention(
     mask: jax.Array,
     *,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sink_logits: jax.Array | None = None,
     output_dtype: jax.typing.DTypeLike | None = None,
     gates: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -31,16 +33,18 @@ def attention(
 
     Args:
         query: float `[B, T, N, H]`.
-        key: float `[B, S, K, H]`, `K` divides `N`.
-        value: float `[B, S, K, H]`.
+        key: float `[B, S, K, H]`; `K` must divide `N`.
+        value: float `[B, S, K, V]`.
         mask: bool `[B or 1, N or 1, T, S]`, True where the query may attend to the key.
-        scale: Factor of the scores; `H ** -0.5` if None.
+        scale: Factor of the products; `H ** -0.5` if None.
+        logits_soft_cap: The logits are `cap * tanh(logit / cap)`; None for no cap.
+        sink_logits: float `[N]`, a logit of each head that stands in the denominator for no key; None for none.
         output_dtype: dtype of the output; that of `query` if None.
         gates: float `[B, N, T, S]`, with which each query multiplies keys and values; None for ones.
 
     Returns:
-        The output `[B, T, N, H]`, and the log-sum-exp of the scores, at least float32,
-        `[B, T, N]`. A query without keys has output 0 and log-sum-exp `-inf`.
+        The output `[B, T, N, V]`, and the log-sum-exp of the logits, at least float32, `[B, T, N]`. A query without
+        keys has output 0 and log-sum-exp `-inf`.
     """
     batch, query_length, num_heads, head_dim = query.shape
     key_length, num_key_heads = key.shape[1:3]
@@ -59,14 +63,17 @@ def attention(
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
 
     highest = jax.lax.Precision.HIGHEST
-    scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=highest)
-    scores = scores if gates is None else gates * scores
-    scores = jnp.where(mask, scores, -jnp.inf)
-    # Empty rows get one finite score here and are overwritten below: no NaN arises on either side of a `where`.
-    safe = jnp.where(has_key[..., None], scores, 0)
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=highest)
+    logits = logits if gates is None else gates.astype(dtype) * logits
+    logits = logits if logits_soft_cap is None else logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    # Empty rows get one finite logit here and are overwritten below: no NaN arises on either side of a `where`.
+    safe = jnp.where(has_key[..., None], logits, 0)
     logsumexp = jax.nn.logsumexp(safe, axis=3) if key_length else jnp.zeros(has_key.shape, dtype)
+    if sink_logits is not None:
+        logsumexp = jnp.logaddexp(logsumexp, sink_logits.astype(dtype)[None, :, None])
     weights = jnp.where(mask, jnp.exp(safe - logsumexp[..., None]), 0)
-    weights = weights if gates is None else gates * weights
+    weights = weights if gates is None else gates.astype(dtype) * weights
     output = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=highest)
     output = jnp.where(has_key.swapaxes(1, 2)[..., None], output, 0).astype(
         query.dtype if output_dtype is None else output_dtype
@@ -85,8 +92,7 @@ def causal_mask(query_length: int, key_length: int, query_offset: jax.Array | in
     Returns:
         bool `[B or 1, 1, T, S]`.
     """
-    position = _positions(query_length, query_offset)
-    return position[:, None, :, None] >= jnp.arange(key_length, dtype=jnp.int32)
+    return _distance(query_length, key_length, query_offset) >= 0
 
 
 def hash_mask(
@@ -140,9 +146,9 @@ def range_mask(key_start: jax.Array, key_stop: jax.Array, key_length: int) -> ja
     Returns:
         bool `[B or 1, N or 1, T, S]`.
     """
-    index = jnp.arange(key_length, dtype=jnp.int32)
+    place = jnp.arange(key_length, dtype=jnp.int32)[None, None, None]
     start, stop = (x.swapaxes(1, 2)[..., None] for x in (key_start, key_stop))
-    return (start <= index) & (index < stop)
+    return (start <= place) & (place < stop)
 
 
 def window_mask(
@@ -159,8 +165,7 @@ def window_mask(
     Returns:
         bool `[B or 1, N or 1, T, S]`.
     """
-    distance = _positions(query_length, query_offset)[:, None, :, None] - jnp.arange(key_length, dtype=jnp.int32)
-    return distance < jnp.atleast_2d(window)[:, :, None, None]
+    return _distance(query_length, key_length, query_offset) < jnp.atleast_2d(window)[:, :, None, None]
 
 
 def sink_mask(
@@ -198,10 +203,11 @@ def segment_mask(query_segment_ids: jax.Array, key_segment_ids: jax.Array) -> ja
     return (on_query == on_key) & (on_query >= 0)
 
 
-def causal_attention(query, key, value, *, window=None, query_offset=0, **options):
+def causal_attention(query, key, value, *, window=None, query_offset=None, **options):
     """Dense `scfa_jax.causal_attention`."""
-    mask = causal_mask(query.shape[-3], key.shape[-3], query_offset)
-    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
+    offset = _offset(query, key, query_offset)
+    mask = causal_mask(query.shape[-3], key.shape[-3], offset)
+    return _finish(query, key, value, _in_window(mask, window, offset), **options)
 
 
 def hash_sparse_attention(
@@ -214,11 +220,12 @@ def hash_sparse_attention(
     exclude_self=False,
     num_buckets=None,
     window=None,
-    query_offset=0,
+    query_offset=None,
     **options,
 ):
     """Dense `scfa_jax.hash_sparse_attention`; `num_buckets` changes nothing here."""
     del num_buckets
+    offset = _offset(query, key, query_offset)
     key_hash = query_hash if key_hash is None else key_hash
     rounds = zip(query_hash, key_hash, strict=True) if query_hash.ndim == 4 else [(query_hash, key_hash)]
     masks = [
@@ -226,19 +233,20 @@ def hash_sparse_attention(
             _as_long_as(on_query, query),
             _as_long_as(on_key, key),
             exclude_self=exclude_self,
-            query_offset=query_offset,
+            query_offset=offset,
         )
         for on_query, on_key in rounds
     ]
     mask = functools.reduce(jnp.logical_or, masks)
-    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
+    return _finish(query, key, value, _in_window(mask, window, offset), **options)
 
 
-def qk_sparse_attention(query, key, value, query_keep, key_keep, *, window=None, query_offset=0, **options):
+def qk_sparse_attention(query, key, value, query_keep, key_keep, *, window=None, query_offset=None, **options):
     """Dense `scfa_jax.qk_sparse_attention`."""
+    offset = _offset(query, key, query_offset)
     query_keep, key_keep = _as_long_as(query_keep, query), _as_long_as(key_keep, key)
-    mask = keep_mask(query_keep, key_keep, query_offset=query_offset)
-    return _finish(query, key, value, _in_window(mask, window, query_offset), **options)
+    mask = keep_mask(query_keep, key_keep, query_offset=offset)
+    return _finish(query, key, value, _in_window(mask, window, offset), **options)
 
 
 def range_attention(query, key, value, key_start, key_stop, **options):
@@ -249,19 +257,28 @@ def range_attention(query, key, value, key_start, key_stop, **options):
 
 
 def window_attention(
-    query, key, value, window, *, num_sinks=0, query_offset=0, query_segment_ids=None, key_segment_ids=None, **options
+    query,
+    key,
+    value,
+    window,
+    *,
+    num_sinks=0,
+    query_offset=None,
+    query_segment_ids=None,
+    key_segment_ids=None,
+    **options,
 ):
     """Dense `scfa_jax.window_attention`."""
-    lengths = query.shape[-3], key.shape[-3]
+    lengths, offset = (query.shape[-3], key.shape[-3]), _offset(query, key, query_offset)
     key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
-    seen = window_mask(*lengths, window, query_offset) | sink_mask(*lengths, num_sinks, key_segment_ids)
-    mask = causal_mask(*lengths, query_offset) & seen
+    seen = window_mask(*lengths, window, offset) | sink_mask(*lengths, num_sinks, key_segment_ids)
+    mask = causal_mask(*lengths, offset) & seen
     segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}
     return _finish(query, key, value, mask, **segments, **options)
 
 
 def sparsek_gates(scores, k, *, where=None):
-    """Dense `scfa_jax.sparsek_gates`: the sum of gates is written out for every threshold at which it has a kink."""
+    """Dense `scfa_jax.sparsek.sparsek_gates`: the sum of gates, written out for every threshold where it has a kink."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     takes_part = (scores > -jnp.inf) if where is None else where & (scores > -jnp.inf)
     kinks = jnp.concatenate([scores, scores - 1], axis=-1)
@@ -272,19 +289,29 @@ def sparsek_gates(scores, k, *, where=None):
     # Just above it these entries are below 1 and above 0, and change with the threshold.
     is_one = takes_part & (scores - 1 > start)
     is_between = takes_part & (scores > start) & ~is_one
-    number = jnp.maximum(is_between.sum(axis=-1, keepdims=True), 1)
+    number = jnp.maximum(is_between.sum(axis=-1, keepdims=True), 1).astype(scores.dtype)
     total = jnp.where(is_between, scores, 0).sum(axis=-1, keepdims=True)
-    threshold = (total + is_one.sum(axis=-1, keepdims=True) - k) / number
+    threshold = (total + is_one.sum(axis=-1, keepdims=True).astype(scores.dtype) - k) / number
     gates = jnp.where(is_between, scores - threshold, is_one.astype(scores.dtype))
     has_more = takes_part.sum(axis=-1, keepdims=True) > k
     return jnp.where(has_more, gates, takes_part.astype(scores.dtype))
 
 
 def sparsek_attention(
-    query, key, value, scores, *, num_keys, window, chunk_size=128, num_candidates=None, segment_ids=None, **options
+    query,
+    key,
+    value,
+    scores,
+    *,
+    num_keys,
+    window,
+    chunk_size=128,
+    num_candidates=None,
+    query_segment_ids=None,
+    **options,
 ):
     """Dense `scfa_jax.sparsek_attention`: ranks the scores of all keys for every query."""
-    segment_ids = jnp.zeros((1, query.shape[-3]), jnp.int32) if segment_ids is None else jnp.atleast_2d(segment_ids)
+    ids = jnp.zeros((1, query.shape[-3]), jnp.int32) if query_segment_ids is None else jnp.atleast_2d(query_segment_ids)
     if query.ndim == 3:
         results = sparsek_attention(
             *(x[None] for x in (query, key, value, scores)),
@@ -292,23 +319,24 @@ def sparsek_attention(
             window=window,
             chunk_size=chunk_size,
             num_candidates=num_candidates,
-            segment_ids=segment_ids,
+            query_segment_ids=ids,
             **options,
         )
         return jax.tree.map(lambda x: x[0], results)
     num_candidates = 2 * num_keys if num_candidates is None else num_candidates
     position = jnp.arange(query.shape[1])
-    segment = segment_ids.astype(jnp.uint32)  # padding is last
+    is_earlier_row = (position[None, :] < position[:, None])[None]
+    segment = ids.astype(jnp.uint32)  # padding is last
     one, other = segment[:, :, None], segment[:, None]
-    is_before = (other < one) | ((other == one) & (position < position[:, None]))
+    is_before = (other < one) | ((other == one) & is_earlier_row)
     place = is_before.sum(axis=2)[:, None]  # in line: [B or 1, 1, T]
     first = (place // chunk_size * chunk_size - window + 1)[..., None]  # of the window, for each query
-    in_segment = segment_mask(segment_ids, segment_ids)  # [B or 1, 1, T, S]
+    in_segment = segment_mask(ids, ids)  # [B or 1, 1, T, S]
     is_earlier = in_segment & (place[:, :, None] < first)
-    seen = jnp.where(is_earlier, scores.swapaxes(1, 2)[:, :, None], -jnp.inf)  # [B, K, T, S]
+    seen = jnp.where(is_earlier, scores.astype(jnp.float32).swapaxes(1, 2)[:, :, None], -jnp.inf)  # [B, K, T, S]
     seen = jnp.where(jnp.isnan(seen), -jnp.inf, seen)
     one, other = seen[..., :, None], seen[..., None, :]
-    is_better = (other > one) | ((other == one) & (position < position[:, None]))
+    is_better = (other > one) | ((other == one) & is_earlier_row[None, None])
     rank = is_better.sum(axis=-1)
     is_candidate = (rank < num_candidates) & (seen > -jnp.inf)
     is_selected = is_candidate & (rank < num_keys)
@@ -318,32 +346,31 @@ def sparsek_attention(
     return _finish(query, key, value, is_selected | is_local, gates=gates, **options)
 
 
-def attention_received(query, key, *, window, segment_ids=None, scale=None):
-    """Dense `scfa_jax.attention_received`: every key has a component of the values to itself."""
-    length, key_heads = key.shape[-3:-1]
-    itself = jnp.broadcast_to(jnp.eye(length)[:, None], (*key.shape[:-1], length))
-    options = {"query_segment_ids": segment_ids, "scale": scale, "output_dtype": jnp.float32}
-    weights = window_attention(query, key, itself, window, **options)  # [..., T, N, T]
-    received = weights.sum(axis=-3).reshape(*key.shape[:-3], key_heads, -1, length).sum(axis=-2)
-    return received.swapaxes(-1, -2)
-
-
 def merge_attention(outputs, logsumexps, *, output_dtype=None):
     """Dense `scfa_jax.merge_attention`: a softmax over the parts."""
+    outputs, logsumexps = list(outputs), list(logsumexps)
     dtype = jnp.result_type(*outputs) if output_dtype is None else output_dtype
     outputs, logsumexps = (jnp.stack([x.astype(jnp.float32) for x in xs]) for xs in (outputs, logsumexps))
     has_key = logsumexps > -jnp.inf
     is_empty = ~has_key.any(axis=0)
-    total = jax.nn.logsumexp(jnp.where(is_empty, 0, logsumexps), axis=0)
-    weights = jnp.where(has_key, jnp.exp(jnp.where(has_key, logsumexps, 0) - total), 0)
+    total = jax.nn.logsumexp(jnp.where(is_empty[None], 0, logsumexps), axis=0)
+    weights = jnp.where(has_key, jnp.exp(jnp.where(has_key, logsumexps, 0) - total[None]), 0)
     output = jnp.sum(weights[..., None] * jnp.where(has_key[..., None], outputs, 0), axis=0)
     return output.astype(dtype), jnp.where(is_empty, -jnp.inf, total)
 
 
-def _positions(query_length: int, query_offset: jax.Array | int) -> jax.Array:
-    """Positions of the queries: int32 `[B or 1, T]`."""
-    offset = jnp.asarray(query_offset, jnp.int32).reshape(-1, 1)
-    return offset + jnp.arange(query_length, dtype=jnp.int32)
+def _offset(query: jax.Array, key: jax.Array, query_offset: jax.Array | int | None) -> jax.Array | int:
+    """The position of the first query, which must be given where queries and keys are not as many."""
+    if query_offset is None and query.shape[-3] != key.shape[-3]:
+        raise ValueError(f"query_offset must be given for {query.shape[-3]} queries and {key.shape[-3]} keys.")
+    return 0 if query_offset is None else query_offset
+
+
+def _distance(query_length: int, key_length: int, query_offset: jax.Array | int) -> jax.Array:
+    """How far each key stands before each query: int32 `[B or 1, 1, T, S]`."""
+    offset = jnp.asarray(query_offset, jnp.int32).reshape(-1, 1, 1, 1)
+    query, key = (jnp.arange(length, dtype=jnp.int32) for length in (query_length, key_length))
+    return offset + query[None, None, :, None] - key[None, None, None, :]
 
 
 def _in_window(mask: jax.Array, window: jax.Array | int | None, query_offset: jax.Array | int) -> jax.Array:
@@ -373,37 +400,15 @@ def _finish(
     *,
     query_segment_ids=None,
     key_segment_ids=None,
-    scale=None,
-    output_dtype=None,
     return_residual=False,
-    gates=None,
+    **options,
 ):
     """What the operators share; their further options end here."""
     if query_segment_ids is not None:
         key_segment_ids = query_segment_ids if key_segment_ids is None else key_segment_ids
         mask = mask & segment_mask(query_segment_ids, key_segment_ids)
     if query.ndim == 3:
-        output, logsumexp = attention(query[None], key[None], value[None], mask, scale=scale, output_dtype=output_dtype)
-        output, logsumexp = output[0], logsumexp[0]
+        output, logsumexp = (x[0] for x in attention(query[None], key[None], value[None], mask, **options))
     else:
-        output, logsumexp = attention(query, key, value, mask, scale=scale, output_dtype=output_dtype, gates=gates)
+        output, logsumexp = attention(query, key, value, mask, **options)
     return (output, logsumexp) if return_residual else output
-
-
-def keep_top(scores: jax.Array, fraction: jax.Array | float, *, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Keys whose score is among the top fraction of those so far; see `scfa_jax.keep_top`.
-
-    Args:
-        scores: float `[B, T, K]`.
-        fraction: Of the keys to keep, in `(0, 1]`.
-        segment_ids: int32 `[1 or B, T]`, or None for one segment.
-
-    Returns:
-        bool `[B, T, K]`.
-    """
-    length = scores.shape[1]
-    earlier = jnp.tril(jnp.ones((length, length), bool), -1)[None]
-    if segment_ids is not None:
-        earlier &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    greater = (scores[:, None] >= scores[:, :, None]) & earlier[..., None]  # [B, t, earlier key, K]
-    return greater.sum(axis=2) < fraction * (earlier.sum(axis=2) + 1)[..., None]

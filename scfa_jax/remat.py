@@ -10,9 +10,9 @@ LOGSUMEXP = "scfa_logsumexp"
 INDEX = "scfa_index"
 
 save_attention = jax.checkpoint_policies.save_only_these_names(OUTPUT, LOGSUMEXP, INDEX)
-"""A policy for `jax.checkpoint`, `flax.nnx.remat` and `flax.linen.remat`: all is computed twice but attention.
+"""A policy for `jax.checkpoint`, `flax.nnx.remat` and `flax.linen.remat` that computes all twice but attention.
 
-Queries, keys and values are computed again; no forward kernel, sort, search or hash is. For that it keeps the
+Queries, keys and values are computed again. Forward kernels, sorts, searches and hashes are not: the policy keeps the
 output, its float32 log-sum-exp, and 4 to 12 bytes of the index per token and head, on either side.
 """
 

@@ -1,1 +1,0 @@
-"""Implementations of attention over key ranges: they know tiles and codes, not patterns."""

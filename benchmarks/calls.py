@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,8 @@ def index(case: Case) -> Callable[..., scfa_jax.SparseIndex]:
     """The public index builder `(*extra) -> index`."""
     if case.pattern == "hash":
         promise = int(case.parameter) if case.promise else None
-        return functools.partial(scfa_jax.hash_index, num_buckets=promise)
+        build = functools.partial(scfa_jax.hash_index, num_buckets=promise)
+        return cast(Callable[..., scfa_jax.SparseIndex], build)  # a list is for several rounds
     if case.pattern == "keep":
         return scfa_jax.keep_index
     if case.pattern == "window":

@@ -2,7 +2,7 @@
 
 For every kind of attention and length: reading a prompt of that length into the cache, each token that follows, and
 one pass over the whole sequence, which is what a token costs without a cache. Weights are random; the likeliest token
-is taken. Where `hash:16/bucket` passes `hash:16/all` is what `LEAST_ROOM` in `scfa_jax/bucket_cache.py` is set by.
+is taken. `LEAST_ROOM` of `scfa_jax.layers.bucket_order` is where `hash(16)/bucket` passes `hash(16)/all`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flax import nnx
 from benchmarks import results, timing
 from benchmarks.training import configuration
 from models import Transformer
-from scfa_jax import bucket_cache
+from scfa_jax.layers import bucket_order
 
 VOCAB_SIZE = 256
 READS = {"bucket": 1, "all": sys.maxsize}  # from how many places on a cache keeps its order by bucket
@@ -36,7 +36,7 @@ class Options:
 
     preset: str = "gpt2-small"
     """The model, as `python -m train` names it."""
-    kinds: tuple[str, ...] = ("dense", "hash:16/bucket", "hash:16/all", "qk:0.5")
+    kinds: tuple[str, ...] = ("dense", "hash(16)/bucket", "hash(16)/all", "drop(0.5)")
     """Kinds of attention, as `python -m benchmarks.training` takes them; hash with what a token reads of the cache."""
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 32_768)
     """Tokens of the prompt."""
@@ -64,8 +64,8 @@ def reading(what: str) -> Iterator[None]:
     """Makes hash layers read what is said of their caches, a name in `READS`; "" leaves the choice to the library."""
     if what and what not in READS:
         raise ValueError(f"--kinds must end in one of {', '.join('/' + name for name in READS)} or none, got /{what}")
-    least = {name: READS[what] if what else room for name, room in bucket_cache.LEAST_ROOM.items()}
-    with mock.patch.dict(bucket_cache.LEAST_ROOM, least):
+    least = {name: READS[what] if what else room for name, room in bucket_order.LEAST_ROOM.items()}
+    with mock.patch.dict(bucket_order.LEAST_ROOM, least):
         yield
 
 

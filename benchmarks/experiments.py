@@ -60,36 +60,37 @@ _EVALUATED = "--eval-every 250 --eval-tokens 1000000 --log-every 25 --checkpoint
 
 
 def _kinds(length: int) -> dict[str, str]:
-    """All kinds of attention, the sparse ones with 1/16 of the causal pairs, but for what the paper drops.
+    """The options of all kinds of attention, the sparse ones with 1/16 of the causal pairs but for those that drop.
 
     Windows beside buckets come on top.
     """
     keys = length // 32  # of a query, in the mean
-    selection = f"--sparsek-keys {keys // 2} --sparsek-window {keys // 2 - 32}"
-    return {
-        "dense": "--attention dense",
-        "hash": "--attention hash",
-        "hash-window": "--attention hash --hash-window 128",
-        "hash-window-own-keys": "--attention hash --hash-window 128 --share-query-key False --normalize-key False "
-        "--no-exclude-self",
-        "hash-learned": "--attention hash --hash learned",
-        "hash-kmeans": "--attention hash --hash kmeans",
-        "hash-permutation": "--attention hash --hash permutation",
-        "reformer": "--attention reformer",
-        "qk-30": "--attention qk --drop-rate 0.3",
-        "qk-75": "--attention qk --drop-rate 0.75",
-        "qk-75-always": "--attention qk --drop-rate 0.75 --drop-at-evaluation",
-        "topk-norm": "--attention topk --drop-rate 0.9375",
-        "topk-learned": "--attention topk --drop-rate 0.9375 --keep-score learned",
-        "sparsek": f"--attention sparsek {selection}",
-        "heavy": f"--attention heavy {selection}",
-        "window": f"--attention window --window {keys}",
-        "longformer": f"--attention longformer --window {keys // 2} --stride 64",
-        "bigbird": f"--attention bigbird --window {keys - 64} --num-random 2",
-        "strided": f"--attention strided --stride {keys - 16}",
-        "fixed": f"--attention fixed --stride {keys // 2} --num-summaries {3 * keys // 128}",
-        "identity": "--attention identity",
+    own_keys = "share_query_key=False, normalize_key=False, exclude_self=False"
+    kinds = {
+        "dense": "dense",
+        "hash": "hash(16)",
+        "hash-window": "hash(16, local_window=128)",
+        "hash-window-own-keys": f"hash(16, local_window=128, {own_keys})",
+        "hash-learned": "hash(16, by=learned)",
+        "hash-kmeans": "hash(16, by=kmeans)",
+        "hash-permutation": "hash(16, by=permutation)",
+        "reformer": "reformer(16)",
+        "qk-30": "drop(0.3)",
+        "qk-75": "drop(0.75)",
+        "qk-75-always": "drop(0.75, drop_at_evaluation=True)",
+        "sparsek": f"sparsek({keys // 2}, window={keys // 2 - 32}, chunk_size=64)",
+        "window": f"window({keys}, num_sinks=4)",
+        "longformer": f"longformer({keys // 2}, stride=64)",
+        "bigbird": f"bigbird({keys - 64}, num_global=4, num_random=2, block_size=32)",
+        "strided": f"strided({keys - 16})",
+        "fixed": f"fixed({keys // 2}, num_summaries={3 * keys // 128})",
+        "identity": "identity",
     }
+    return {name: _with_attention(kind) for name, kind in kinds.items()}
+
+
+def _with_attention(text: str) -> str:
+    return f"--attention {shlex.quote(text)}"
 
 
 def _with_another_seed(runs: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
@@ -106,9 +107,9 @@ EXPERIMENTS = {
         f"{_LONG_TEXT} {_EVALUATED} --batch-size 4 --seq-len 8192 --steps 4000 --warmup 200",
         {
             **_with_another_seed(_kinds(8192), ("dense", "hash", "qk-30", "reformer", "sparsek", "qk-75")),
-            "dense-shared": "--attention dense --share-query-key True --normalize-key True",
-            "dense-hash": "--attention dense,hash",
-            "window-hash": "--attention window,hash --window 256",
+            "dense-shared": _with_attention("dense(share_query_key=True, normalize_key=True)"),
+            "dense-hash": _with_attention("dense, hash(16)"),
+            "window-hash": _with_attention("window(256, num_sinks=4), hash(16)"),
         },
     ),
     # The same time, not the same steps: each decays its learning rate over the steps that took as long in bytes-8k as
@@ -159,7 +160,7 @@ EXPERIMENTS = {
         "--preset bytes --batch-size 8 --seq-len 4096 --lr 1e-3 --warmup 200 --eval-every 200 --eval-tokens 0 "
         "--log-every 25 --checkpoint-every 500 --sample-length 0",
         _with_another_seed(
-            {"hash": "--attention hash --steps 13000", "reformer": "--attention reformer --steps 2700"},
+            {"hash": f"{_PAPERS['hash']} --steps 13000", "reformer": f"{_PAPERS['reformer']} --steps 2700"},
             ("hash", "reformer"),
         ),
         has_test=True,
@@ -169,7 +170,7 @@ EXPERIMENTS = {
         f"{_LONG_TEXT} --batch-size 4 --seq-len 8192 --steps 300 --warmup 30 "
         "--eval-every 300 --eval-tokens 100000 --log-every 25",
         {
-            f"{kind}{name}": f"--attention {kind} {option}"
+            f"{kind}{name}": f"{_PAPERS[kind]} {option}"
             for kind in ("dense", "hash")
             for name, option in (("", ""), ("-deterministic", "--deterministic"))
         },
@@ -321,7 +322,8 @@ class Results:
                 self._experiment, run, Path("runs", self._name, run), dataclasses.replace(self._options, data=Path())
             )
             runs = {**self._record["runs"], run: result(run, folder, shlex.join(told))}
-            self._record["runs"] = {known: runs[known] for known in self._experiment.runs if known in runs}
+            # In the experiment's order, and behind these what earlier versions of it found.
+            self._record["runs"] = {name: runs[name] for name in [*self._experiment.runs, *runs] if name in runs}
             write(self._record, self._file)
             if (folder / SAMPLE_FILES["images"]).exists():
                 shutil.copy(folder / SAMPLE_FILES["images"], self._folder / f"{self._name}-{run}.png")
@@ -334,7 +336,8 @@ class Results:
 
 def arguments(experiment: Experiment, name: str, out: Path, options: Options) -> list[str]:
     """The arguments of `python -m train` for a run, whose folder is `out`."""
-    parts = [*experiment.shared.replace("FOLDER", str(options.data)).split(), *experiment.runs[name].split()]
+    shared = experiment.shared.replace("FOLDER", shlex.quote(str(options.data)))
+    parts = [*shlex.split(shared), *shlex.split(experiment.runs[name])]
     if options.steps is not None:
         parts += ["--steps", str(options.steps), "--warmup", str(options.steps // 10)]
         parts += ["--eval-every", str(options.steps), "--log-every", str(max(1, options.steps // 4))]

@@ -104,17 +104,13 @@ def _attend(implementation: str | None, query, key, value, index) -> Any:
 
 
 def _bounds(implementation: str | None, index: scfa_jax.SparseIndex) -> Any:
-    tables: Any
-    options: dict[str, Any] = {}
     if implementation == "triton" or (implementation is None and jax.default_backend() == "gpu"):
-        from scfa_jax.kernels import triton_bounds as kernels
+        from scfa_jax.backends.triton import bounds as kernels
 
-        tables, options = (kernels.key_tile_bounds, kernels.query_tile_bounds), {"interpret": False}
-    else:
-        from scfa_jax import tiling
+        return [table(index, 64, 64, interpret=False) for table in (kernels.key_tile_bounds, kernels.query_tile_bounds)]
+    from scfa_jax import _bounds as plain
 
-        tables = tiling.key_tile_bounds, tiling.query_tile_bounds
-    return [table(index, 64, 64, **options) for table in tables]
+    return [table(index.ranges, 64, 64) for table in (plain.key_tile_bounds, plain.query_tile_bounds)]
 
 
 def _backward(pull: Callable[..., Any], cotangent: jax.Array) -> Any:

@@ -42,8 +42,8 @@ class Options:
 
     meshes: tuple[str, ...] = ("data=2", "data=4", "fsdp=2", "fsdp=4", "model=2", "data=2,model=2")
     """Meshes beside the one device, as --mesh of python -m train takes them; those of too many devices are left out."""
-    kind: str = "hash:16"
-    """Kind of attention, as python -m benchmarks.training names it."""
+    kind: str = "hash(16)"
+    """What attention the layers have, as --attention of python -m train takes it."""
     preset: str = "gpt2-small"
     """The model, as python -m train names it."""
     length: int = 16_384

@@ -25,12 +25,14 @@ import tyro
 from benchmarks import results
 from benchmarks.run import RESULTS
 from models import ModelConfig
+from models.kinds import parse
 from models.presets import preset
 from train.config import DataConfig, OptimizerConfig
 from train.data import Batch, load_corpus, training_batches
 from train.step import LanguageModel, TrainState, init, train_step
 
-BASELINES = ("dense", "dense-cudnn")
+BASELINES = ("dense", "cudnn")
+BOUNDS = ("identity", "identity(share_query_key=True, normalize_key=True)")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Options:
     """Tokens a sequence."""
     tokens: int = 32_768
     """Tokens a step, or one sequence where that is longer."""
-    kinds: tuple[str, ...] = ("dense", "dense-cudnn", "hash:16", "hash:64", "qk:0.3", "qk:0.5", "qk:0.7")
-    """Kinds of attention; after a colon the number of buckets, or the share of queries and keys that are dropped."""
+    kinds: tuple[str, ...] = ("dense", "cudnn", "hash(16)", "hash(64)", "drop(0.3)", "drop(0.5)", "drop(0.7)")
+    """What attention the layers have, as --attention of python -m train takes it."""
     data: str | None = None
     """Text to train on, as `python -m train` takes it; random tokens without."""
     bpe: str | None = None
@@ -62,29 +64,22 @@ def configuration(name: str, kind: str, dtype: str) -> ModelConfig:
 
     Args:
         name: Of the preset that the rest comes from.
-        kind: As in `Options.kinds`; "identity" and "identity:shared" are the bounds.
+        kind: As in `Options.kinds`.
         dtype: Of the computation.
 
     Raises:
         ValueError: It is impossible.
     """
-    attention, _, parameter = kind.partition(":")
-    changes: dict[str, Any] = {"attention": attention, "dtype": dtype}
-    if attention == "hash":
-        changes["num_buckets"] = int(parameter)
-    elif attention == "qk":
-        changes["drop_rate"] = float(parameter)
-    elif parameter == "shared":
-        changes |= {"share_query_key": True, "normalize_key": True}
-    config = dataclasses.replace(preset(name), **changes)
+    config = dataclasses.replace(preset(name), attention=kind, dtype=dtype)
     if problem := config.problem():
         raise ValueError(problem)
     return config
 
 
 def bound_of(kind: str) -> str:
-    """The step without attention that has the projections of a kind."""
-    return "identity:shared" if kind.startswith(("hash", "reformer")) else "identity"
+    """The step without attention that has the projections of a kind: those of its first layer."""
+    first, *_ = parse(kind)
+    return BOUNDS[first.kind.shares_query_key if first.share_query_key is None else first.share_query_key]
 
 
 def measure(options: Options, length: int, batches: list[Batch], vocab_size: int, dtype: str) -> dict[str, Any]:
@@ -179,7 +174,7 @@ def table(lengths: dict[str, Any]) -> str:
         "ms a step",
         "tokens/s",
         "over dense",
-        "over dense-cudnn",
+        "over cudnn",
         "bound, ms",
         "bound over",
     )
@@ -209,7 +204,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     entries = [record["lengths"][str(length)] for length in lengths]
     for kind in entries[0]["kinds"]:
         rates = [entry["kinds"].get(kind, {}).get("tokens_per_second", math.nan) for entry in entries]
-        style = {"identity": "k:", "identity:shared": "k--"}.get(kind, "o-")
+        style = dict(zip(BOUNDS, ("k:", "k--"), strict=True)).get(kind, "o-")
         axes.plot(lengths, rates, style, linewidth=1, label=kind)
     axes.set(xscale="log", xlabel="tokens a sequence", ylabel="tokens a second", ylim=(0, None))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
@@ -224,8 +219,8 @@ def main() -> int:
     """Times all lengths; what was measured is on disk after each, beside what was known of other lengths."""
     options = tyro.cli(Options, description=__doc__)
     on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and "dense-cudnn" in options.kinds:
-        options = dataclasses.replace(options, kinds=tuple(kind for kind in options.kinds if kind != "dense-cudnn"))
+    if not on_gpu:
+        options = dataclasses.replace(options, kinds=tuple(kind for kind in options.kinds if kind != "cudnn"))
     folder = options.out or RESULTS / results.device_slug()
     path = folder / "training.json"
     record: dict[str, Any] = {"format": results.FORMAT, "preset": options.preset, "lengths": {}}

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 
 import scfa_jax
 from benchmarks.profile import kernel_timeline
-from scfa_jax import BlockSizes, Tile, block_sizes
+from scfa_jax import BlockSizes
+from scfa_jax.backends.triton import tile_table
+from scfa_jax.backends.triton.tile_sizes import TritonTile
 
 KERNELS = ("scfa_forward", "scfa_dq", "scfa_dkv")
-TABLE = Path(block_sizes.__file__).with_name("block_table.py")
+TABLE = Path(tile_table.__file__)
 LENGTH, COLUMNS = 16_384, 768
 CALLS = 12  # the median of the second half counts: an H100 slows down under load
 
@@ -53,7 +55,7 @@ class Options:
     densities: tuple[str, ...] = ("sparse", "middling", "dense")
 
 
-def candidates(width: int, itemsize: int) -> list[Tile]:
+def candidates(width: int, itemsize: int) -> list[TritonTile]:
     """Tiles worth a try: all that could fit, small ones where a row is long and large ones where it is short."""
     row = width * itemsize
     sides = [(64, 64), (64, 32), (32, 64), (32, 32)]
@@ -63,10 +65,10 @@ def candidates(width: int, itemsize: int) -> list[Tile]:
         sides = [(32, 32), (16, 32), (32, 16), (16, 16)]
     elif row >= 512:
         sides += [(64, 16), (16, 64), (32, 16), (16, 32)]
-    tiles = [Tile(q, k, 4, stages) for q, k in sides for stages in ((2, 3, 4) if row <= 256 else (1, 2, 3))]
+    tiles = [TritonTile(q, k, 4, stages) for q, k in sides for stages in ((2, 3, 4) if row <= 256 else (1, 2, 3))]
     if row <= 512:
-        tiles += [Tile(128, 64, 8, stages) for stages in (2, 3, 4)]
-        tiles += [Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)]
+        tiles += [TritonTile(128, 64, 8, stages) for stages in (2, 3, 4)]
+        tiles += [TritonTile(128, 128, 8, 3), TritonTile(128, 128, 8, 2), TritonTile(64, 64, 8, 2)]
     return tiles
 
 
@@ -91,7 +93,7 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
     arrays = tuple(jax.random.normal(k, shape, dtype) for k in keys[:4])
     arguments = (*arrays, *draw(keys[4], shape[:3]))
 
-    def compiled(*tiles: Tile):
+    def compiled(*tiles: TritonTile):
         def both_passes(query, key, value, cotangent, *pattern):
             run = lambda *qkv: attend(*qkv, *pattern, implementation="triton", block_sizes=BlockSizes(*tiles))
             output, pullback = jax.vjp(run, query, key, value)
@@ -104,11 +106,11 @@ def search(key: Key, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
                 return None
             raise
 
-    def attempts(tile: Tile):
+    def attempts(tile: TritonTile):
         """The tile in all kernels at once, or else in each that has room for it: (kernels to time, compiled call)."""
         if run := compiled(tile, tile, tile):
             return [(tile, KERNELS, run)]
-        small = Tile(16, 16, 4, 1)
+        small = TritonTile(16, 16, 4, 1)
         alone = [(tile, (name,), compiled(*(tile if n == name else small for n in KERNELS))) for name in KERNELS]
         return [attempt for attempt in alone if attempt[2]]
 
@@ -197,8 +199,8 @@ def tune(options: Options) -> Iterator[Key]:
                 options.out.write_text("".join(json.dumps(line) + "\n" for line in (head, *kept, *rows)))
                 if options.write:
                     device = head["device"]
-                    found = {**block_sizes.TABLE.get(device, {}), **winners(rows)}
-                    TABLE.write_text(source({**block_sizes.TABLE, device: found}))
+                    found = {**tile_table.TABLE.get(device, {}), **winners(rows)}
+                    TABLE.write_text(source({**tile_table.TABLE, device: found}))
 
 
 def _known(out: Path, head: dict[str, str]) -> list[dict[str, Any]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from scfa_jax import hash_index
+from scfa_jax import hash_index, index
 
 
 def coverage(buckets: jax.Array, *, chunk_size: int | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -57,16 +55,14 @@ def count_pairs(
         raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}.")
     slot = jnp.arange(buckets.shape[1], dtype=jnp.int32)[:, None]  # in the order of (bucket, position)
     ordered = [jnp.sort(buckets, axis=1)]
-    segments: Any = {}
     if segment_ids is not None:
-        segments = {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
         order = jnp.argsort(buckets, axis=1, stable=True)
         ordered.append(jnp.take_along_axis(segment_ids[:, :, None], order, axis=1))
     changes = jnp.stack([x[:, 1:] != x[:, :-1] for x in ordered]).any(axis=0)
     begins = jnp.concatenate([jnp.ones_like(changes[:, :1]), changes], axis=1)
     earlier = slot - jax.lax.cummax(jnp.where(begins, slot, 0), axis=1)  # tokens of the bucket before this one
     if chunk_size is None:
-        taken = hash_index(buckets, exclude_self=True, **segments).stats()["pairs"]
+        taken = index.pairs(hash_index(buckets, exclude_self=True, query_segment_ids=segment_ids))
     else:
         in_reach = slot - jnp.maximum(0, (slot // chunk_size - 1) * chunk_size)
         taken = jnp.minimum(earlier, in_reach).astype(jnp.float32).sum(axis=1)

@@ -28,7 +28,6 @@ from flax import nnx
 
 from models.transformer import Transformer
 from scfa_jax import causal_attention
-from scfa_jax.sparsity import operands
 
 # Rows and columns of the tiles in which influences exist.
 BLOCK = 512
@@ -57,14 +56,9 @@ class _Tapped(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, **options: Any) -> jax.Array:
         attention: Any = self.attention
-        made = operands(
-            attention.query(x),
-            None if attention.layout.share_query_key else attention.key(x),
-            attention.value(x),
-            normalize_key=attention.layout.normalize_key,
-            rotary=attention.rotary,
-        )
-        arrays = made.query, made.key, made.value, self.tap[...], segment_ids
+        key = None if attention.layout.share_query_key else attention.key(x)
+        heads = attention.layout.heads(attention.query(x), key, attention.value(x), rotary=attention.rotary)
+        arrays = heads.rotated_query, heads.attended_key, heads.value, self.tap[...], segment_ids
         return attention.out(influential_attention(*arrays, num_sinks=self.num_sinks))
 
 

@@ -8,11 +8,11 @@ PRESETS = {
     config.preset: config
     for config in (
         ModelConfig(preset="cpu"),
-        ModelConfig(preset="bytes", layers=6, width=512, heads=8, num_buckets=16),
-        ModelConfig(preset="mnist", layers=6, width=256, heads=4, num_buckets=8),
+        ModelConfig(preset="bytes", layers=6, width=512, heads=8, attention="hash(16)"),
+        ModelConfig(preset="mnist", layers=6, width=256, heads=4, attention="hash(8)"),
         # As GPT-2 small, but for its positions. Rotary ones need no table, so that a model has the same parameters
         # whatever the length, and runs at lengths that it was not trained at.
-        ModelConfig(preset="gpt2-small", layers=12, width=768, heads=12, num_buckets=16, vocab_multiple=128),
+        ModelConfig(preset="gpt2-small", layers=12, width=768, heads=12, vocab_multiple=128, attention="hash(16)"),
     )
 }
 

@@ -2,20 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from scfa_jax import _checks, lsh_hash, random_rotations
+from scfa_jax.layers import Heads, Kind, Layout, State, normalize
 from scfa_jax.remat import LOGSUMEXP, OUTPUT, named_index
-from scfa_jax.sparsity import normalize
 
 # What a token's score with itself is: it counts only where the token may attend to nothing else.
 SELF_SCORE = -1e5
 # How many float32 scores exist at once: chunks beyond that are computed one batch after the other.
 SCORES_AT_ONCE = 2**27
+
+
+@dataclasses.dataclass(frozen=True)
+class Reformer(Kind):
+    """Several rounds of hashing into buckets that are cut into chunks: see `reformer_attention`.
+
+    It cannot decode: which chunk a token is in depends on later tokens too.
+
+    Args:
+        num_buckets: Buckets in a round, even.
+        num_rounds: How many rounds.
+        chunk_size: Tokens in a chunk; None for twice as many as are in a bucket on average.
+        before_rotary: Whether to hash queries before they are rotated.
+        unit_keys: Whether keys are scaled to unit length; None for what the layer does with its keys.
+
+    Raises:
+        ValueError: A number is too small, or `num_buckets` odd.
+        TypeError: A number is no static integer.
+    """
+
+    num_buckets: int
+    num_rounds: int = 1
+    chunk_size: int | None = None
+    before_rotary: bool = False
+    unit_keys: bool | None = None
+
+    shares_query_key = True
+
+    def __post_init__(self):
+        _checks.static_int("num_buckets", self.num_buckets, least=2)
+        if self.num_buckets % 2:
+            raise ValueError(f"num_buckets must be even, got {self.num_buckets}.")
+        _checks.static_int("num_rounds", self.num_rounds, least=1)
+        if self.chunk_size is not None:
+            _checks.static_int("chunk_size", self.chunk_size, least=1)
+
+    def in_layout(self, layout: Layout) -> Reformer:
+        if not layout.share_query_key or layout.num_heads != layout.num_key_value_heads:
+            raise ValueError("share_query_key must not be False in a reformer layer: its keys are its queries.")
+        return dataclasses.replace(self, unit_keys=layout.normalize_key if self.unit_keys is None else self.unit_keys)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return ("rotations",)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return ("rotations",)
+
+    def draws(self, deterministic: bool) -> bool:
+        return not deterministic
+
+    def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> State:
+        """Draws `rotations`, float32 `[R, N, H, num_buckets // 2]`."""
+        one = functools.partial(
+            random_rotations, num_heads=layout.num_heads, head_dim=layout.head_dim, num_buckets=self.num_buckets
+        )
+        return {"rotations": jnp.stack([one(round_key) for round_key in jax.random.split(key, self.num_rounds)])}
+
+    def buckets(self, heads: Heads, state: State) -> jax.Array:
+        """The bucket of each token in each round, int32 `[R, B, T, N]`."""
+        hashed = heads.query if self.before_rotary else heads.rotated_query
+        return jax.vmap(lsh_hash, (None, 0))(hashed, state["rotations"])
+
+    def chunk_length(self, length: int) -> int:
+        """Tokens in a chunk of a sequence of `length`."""
+        return min(self.chunk_size or default_chunk_size(length, self.num_buckets), length)
+
+    def pairs(self, length: int, num_heads: int) -> float:
+        """Those of buckets of equal size, whatever chunks miss of them."""
+        return length * (length + 1) / 2 / self.num_buckets
+
+    def attend(self, heads: Heads, state: State, *, segment_ids: jax.Array | None = None, **options: Any) -> jax.Array:
+        return reformer_attention(
+            heads.rotated_query,
+            heads.value,
+            self.buckets(heads, state),
+            num_buckets=self.num_buckets,
+            chunk_size=self.chunk_size,
+            normalize_key=self.unit_keys is not False,
+            segment_ids=segment_ids,
+        )
 
 
 def default_chunk_size(length: int, num_buckets: int) -> int:

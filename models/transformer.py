@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import Draw, draw_kept, drop_rate, make_attention
 from models.config import ModelConfig
 from models.sharding import BATCH, cut
+from scfa_jax.layers import BigBird, State
+from scfa_jax.nnx import CausalSelfAttention, rotary
 from scfa_jax.remat import save_attention
-from scfa_jax.sparsity import kind_of
 
 # What each way to compute blocks again keeps of them.
 POLICIES = {"full": None, "save_attention": save_attention}
@@ -27,13 +28,13 @@ class Block(nnx.Module):
         # Every residual branch starts small, so that the sum over all of them starts at the size of one.
         branch_end = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = make_attention(config, layer, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
+        self.attention = _attention(config, layer, out_kernel_init=branch_end, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.shrink = nnx.Linear(4 * width, width, dtype=dtype, kernel_init=branch_end, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, draw: Draw, segment_ids: jax.Array | None = None, decode: bool = False
+        self, x: jax.Array, draw: State, segment_ids: jax.Array | None = None, decode: bool = False
     ) -> jax.Array:
         """Maps `[B, T, width]` to the same; `draw` is this layer's of `Transformer.draw`."""
         x = x + self.attention(self.norm1(x), deterministic=True, segment_ids=segment_ids, decode=decode, **draw)
@@ -80,50 +81,34 @@ class Transformer(nnx.Module):
             NotImplementedError: A layer cannot decode.
         """
         if not self.config.can_decode():
-            raise NotImplementedError(f"--attention {self.config.attention} cannot decode: see ReformerSelfAttention.")
+            raise NotImplementedError(f"--attention {self.config.attention} cannot decode: see models.reformer.")
         self._check_length(max_length)
         self.cache_index = nnx.data(nnx.Cache(jnp.zeros((), jnp.int32)))
         for block in self.blocks:
             block.attention.init_cache((batch, max_length, self.config.width))
 
-    def draw(
-        self,
-        batch: int,
-        length: int,
-        key: jax.Array | None,
-        step: jax.Array | int | None = None,
-        start: jax.Array | int = 0,
-    ) -> list[Draw]:
+    def draw(self, batch: int, length: int, key: jax.Array | None, start: jax.Array | int = 0) -> list[State]:
         """What every layer hashes and drops by.
 
         Args:
             batch: `B`.
             length: `T`.
-            key: Of a new draw; None for that of evaluation, the same every time. There nothing is dropped, unless the
-                config says so.
-            step: The training step, for a rate of dropping that depends on it; an int or int32 `[]`.
-            start: The first token's position, on which alone depends what evaluation drops; an int or int32 `[]`.
+            key: Of a new draw; None for that of evaluation, the same every time.
+            start: The first token's position, on which alone depends what evaluation drops, if a kind drops there; an
+                int or int32 `[]`.
 
         Returns:
-            One entry a layer, for `features`.
-
-        Raises:
-            ValueError: The rate of dropping depends on the step, and there is none.
+            One entry a layer, for `features`; an empty one where the layer takes what it keeps.
         """
-        draws = []
-        for layer, (kind, block) in enumerate(zip(self.config.layer_kinds(), self.blocks, strict=True)):
-            own = None if key is None else jax.random.fold_in(key, layer)
-            if kind == "qk" and own is not None:
-                draws.append(draw_kept(own, drop_rate(self.config, step), batch, length, self.config.heads))
-            elif kind == "qk" and self.config.drop_at_evaluation:
-                own = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), layer), start)
-                draws.append(draw_kept(own, self.config.drop_rate, batch, length, self.config.heads))
-            elif kind == "topk" and own is not None:
-                draws.append({"fraction": jnp.asarray(1 - drop_rate(self.config, step), jnp.float32)})
-            elif own is not None and not kind_of(block.attention.sparsity).draws(deterministic=False):
-                draws.append({})  # the layer takes what it keeps, where a step can differentiate by it
-            else:
-                draws.append(block.attention.draw(batch, length, deterministic=own is None, rngs=own))
+        draws: list[State] = []
+        for layer, block in enumerate(self.blocks):
+            layout = block.attention.layout
+            if not layout.kind.draws(deterministic=key is None):
+                draws.append({})
+                continue
+            own = jax.random.fold_in(jax.random.key(0) if key is None else key, layer)
+            own = jax.random.fold_in(own, start) if key is None else own
+            draws.append(layout.kind.draw(own, batch, length, layout))
         return draws
 
     def __call__(self, tokens: jax.Array, **options: Any) -> jax.Array:
@@ -135,8 +120,7 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         *,
         key: jax.Array | None = None,
-        step: jax.Array | int | None = None,
-        draws: list[Draw] | None = None,
+        draws: list[State] | None = None,
         segment_ids: jax.Array | None = None,
         decode: bool = False,
     ) -> jax.Array:
@@ -146,8 +130,7 @@ class Transformer(nnx.Module):
             tokens: int `[B, T]`.
             key: For training: draws new hashes and drops tokens. None for evaluation: the hashes that the
                 model was made with, and what `draw` drops then.
-            step: The training step, as `draw` takes it.
-            draws: What `draw` returned, instead of `key` and `step`.
+            draws: What `draw` returned, instead of `key`.
             segment_ids: int32 `[B, T]`: tokens attend inside their own segment alone, as when documents share a
                 sequence. Positions go on counting from one segment to the next. Or None.
             decode: Whether the tokens follow those in the cache of `init_cache`, and join them there; for evaluation.
@@ -156,7 +139,7 @@ class Transformer(nnx.Module):
             `[B, T, width]`; in decoding NaN past the cache's end.
 
         Raises:
-            ValueError: The sequence is longer than the learned positions, `step` is missing, or there is no cache.
+            ValueError: The sequence is longer than the learned positions, or there is no cache.
             NotImplementedError: There are segments, and a layer cannot keep them apart or decodes.
         """
         batch, length = tokens.shape
@@ -165,7 +148,7 @@ class Transformer(nnx.Module):
         start = self.cache_index[...] if decode else 0
         x = self.embed(tokens, start)
         # Drawn out here: a rematerialised block must see the same draw when it is computed again.
-        draws = self.draw(batch, length, key, step, start) if draws is None else draws
+        draws = self.draw(batch, length, key, start) if draws is None else draws
         for block, draw in zip(self.blocks, draws, strict=True):
             if decode:  # writes to the block's cache, and has no backward pass
                 x = block(x, draw, segment_ids, decode=True)
@@ -208,3 +191,22 @@ def _call(block: Block, remat: str, *arguments: Any) -> jax.Array:
     graph, state = nnx.split(block)
     again = jax.checkpoint(lambda state, *arguments: nnx.merge(graph, state)(*arguments), policy=POLICIES[remat])
     return again(state, *arguments)
+
+
+def _attention(config: ModelConfig, layer: int, **options: Any) -> CausalSelfAttention:
+    """The attention of a layer: all kinds have the same projections."""
+    wanted = config.layer_kinds()[layer]
+    kind = wanted.kind
+    if isinstance(kind, BigBird):  # each layer has random blocks of its own
+        kind = dataclasses.replace(kind, seed=kind.seed + layer)
+    made = CausalSelfAttention(
+        config.width,
+        config.heads,
+        sparsity=kind,
+        share_query_key=wanted.share_query_key,
+        normalize_key=wanted.normalize_key,
+        rotary=rotary if config.positions == "rotary" else None,
+        **options,
+    )
+    made.rngs = nnx.data(None)  # the model draws for all of its layers
+    return made

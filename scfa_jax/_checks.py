@@ -176,6 +176,11 @@ def output_dtype(dtype: Any, default: Any) -> jnp.dtype:
     return dtype
 
 
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """The dtype to compute in: float32 for narrower floats. Unlike `jnp.promote_types`, strict promotion allows it."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def in_debugging(condition: Callable[..., tuple[jax.Array, ...]], message: str, *arrays: Any) -> None:
     """Checks values under `jax.experimental.checkify`; elsewhere it computes nothing.

@@ -345,5 +345,5 @@ def _segments(name: str, segment_ids: jax.Array, length: int) -> jax.Array:
     _checks.integers(name, segment_ids)
     if segment_ids.ndim not in (1, 2) or segment_ids.shape[-1] != length:
         raise ValueError(f"{name} must be [B, {length}] or [{length}], got shape {segment_ids.shape}.")
-    segment_ids = jnp.asarray(segment_ids, jnp.int32).reshape(-1, 1, length)
+    segment_ids = jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))[:, None]
     return jnp.bitwise_xor(segment_ids, _SIGN_BIT)

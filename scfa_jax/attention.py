@@ -81,7 +81,11 @@ def sparse_attention(
         output, logsumexp = jnp.zeros(shape, call.output_dtype), jnp.full(shape[:3], NO_KEY, jnp.float32)
     else:
         of_key = _of_key(key)
-        query, key, value = _partitioning.aligned((query, key, value), (_ROWS, of_key, of_key))
+        arrays, axes = [query, key, value], [_ROWS, of_key, of_key]
+        if sink_logits is not None:
+            arrays, axes = [*arrays, sink_logits], [*axes, _HEADS]
+        query, key, value, *sinks = _partitioning.aligned(arrays, axes)
+        sink_logits = sinks[0] if sinks else None
         output, logsumexp = _attend(choice, call, query, key, value, sink_logits, tuple(indices))
     if not has_batch:
         output, logsumexp = output[0], logsumexp[0]
@@ -376,8 +380,8 @@ def _read(
     key: jax.Array,
     value: jax.Array,
     *,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
+    scale: float | int | None = None,
+    logits_soft_cap: float | int | None = None,
     sink_logits: jax.Array | None = None,
     implementation: backends.Implementation = None,
     precision: Any = "float32",
@@ -386,6 +390,8 @@ def _read(
     return_residual: bool = False,
 ) -> tuple[Call, jax.Array | None, backends.Implementation, bool]:
     """Checks the options and fills in their defaults."""
+    if isinstance(scale, jax.core.Tracer):
+        raise TypeError("scale must be a static number; multiply query by a traced one instead.")
     scale = query.shape[3] ** -0.5 if scale is None else _checks.static_number("scale", scale)
     if logits_soft_cap is not None and _checks.static_number("logits_soft_cap", logits_soft_cap) <= 0:
         raise ValueError(f"logits_soft_cap must be above 0, got {logits_soft_cap}.")

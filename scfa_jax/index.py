@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _bounds
+from scfa_jax import _bounds, _partitioning
 from scfa_jax._bounds import NEVER as NEVER
 from scfa_jax._bounds import align_heads
 
@@ -189,17 +189,24 @@ def is_disjoint(index: Indices) -> Bool[Array, ""]:
     Returns:
         Whether no pair is in more than one of them, each with its sign.
     """
-    parts = [(part.sign, _original_ranges(part)) for part in as_list(index)]
+    # Sharded axes stay as they are: what is inside has no types for them.
+    (faults,) = _partitioning.split(_count_faults, ["b.."], [_partitioning.SUMMED])(as_list(index))
+    return faults == 0
+
+
+def _count_faults(indices: Sequence[SparseIndex]) -> tuple[jax.Array]:
+    """How many queries have a pair that is in more than one index, or in less than none, each with its sign."""
+    parts = [(part.sign, _original_ranges(part)) for part in indices]
 
     def of_query(t: jax.Array) -> jax.Array:
         masks = align_heads(
             *((low[..., t, None] <= code) & (code <= high[..., t, None]) for _, (low, high, code) in parts)
         )
         total = _signed_sum([sign for sign, _ in parts], masks, jnp.int32)
-        return jnp.all((total == 0) | (total == 1))
+        return jnp.any((total != 0) & (total != 1))
 
     query_length = parts[0][1][0].shape[-1]
-    return jnp.all(jax.lax.map(of_query, jnp.arange(query_length), batch_size=64))
+    return (jnp.sum(jax.lax.map(of_query, jnp.arange(query_length), batch_size=64), dtype=jnp.int32),)
 
 
 def pairs(index: Indices) -> Float[Array, "B N"]:

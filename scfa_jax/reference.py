@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from scfa_jax._checks import at_least_float32
+
 
 def attention(
     query: jax.Array,
@@ -50,7 +52,7 @@ def attention(
     key_length, num_key_heads = key.shape[1:3]
     group = num_heads // num_key_heads
     scale = head_dim**-0.5 if scale is None else scale
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = at_least_float32(query.dtype)
     if 1 < mask.shape[1] < num_heads:
         mask = jnp.repeat(mask, num_heads // mask.shape[1], axis=1)
     mask = jnp.broadcast_to(mask, (batch, num_heads, query_length, key_length))
@@ -279,7 +281,7 @@ def window_attention(
 
 def sparsek_gates(scores, k, *, where=None):
     """Dense `scfa_jax.sparsek.sparsek_gates`: the sum of gates, written out for every threshold where it has a kink."""
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(at_least_float32(scores.dtype))
     takes_part = (scores > -jnp.inf) if where is None else where & (scores > -jnp.inf)
     kinks = jnp.concatenate([scores, scores - 1], axis=-1)
     gates = jnp.clip(scores[..., None, :] - kinks[..., None], 0, 1)

@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
-import checked
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from tolerance import results_and_gradients
 
-from scfa_jax import BlockSizes, Tile, reference
+import scfa_jax
+from scfa_jax import BlockSizes, TileShape, reference
 
 # Small and unequal, so that short sequences have several tiles and each kernel its own shape.
-SMALL_BLOCKS = BlockSizes(Tile(16, 32), Tile(32, 16), Tile(16, 16))
+SMALL_BLOCKS = BlockSizes(TileShape(16, 32), TileShape(32, 16), TileShape(16, 16))
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Case:
     Attributes:
         query, key, value: The inputs.
         mask: bool `[B or 1, N or 1, T, S]`, from the reference.
-        operator: The checked operator to call with query, key and value.
+        operator: The operator to call with query, key and value.
         dense: The operator of `scfa_jax.reference` that defines it.
         pattern: Further positional arguments: hashes, masks or ranges.
         options: Keyword arguments of both.
@@ -81,7 +81,11 @@ class Shape:
 @cache
 def _compiled(operator, static):
     def results(pattern, data, *arrays):
-        attend = lambda *qkv: operator(*qkv, *pattern, **data, **dict(static), return_residual=True)
+        def attend(*qkv):
+            output, logsumexp = operator(*qkv, *pattern, **data, **dict(static), return_residual=True)
+            assert output.dtype == dict(static).get("output_dtype", qkv[0].dtype)
+            return output, logsumexp
+
         return results_and_gradients(attend, *arrays)
 
     return jax.jit(results)
@@ -139,7 +143,7 @@ def hash_case(rng, shape, dtype, *, kind="4", exclude_self=False, promise=None, 
         key,
         value,
         mask,
-        checked.hash_sparse_attention,
+        scfa_jax.hash_sparse_attention,
         reference.hash_sparse_attention,
         pattern,
         options,
@@ -155,7 +159,7 @@ def keep_case(rng, shape, dtype, *, query_density=0.5, key_density=0.5, offset=0
         key,
         value,
         keep_mask(query_keep, key_keep, query_offset=offset),
-        checked.qk_sparse_attention,
+        scfa_jax.qk_sparse_attention,
         reference.qk_sparse_attention,
         (query_keep, key_keep),
         {"query_offset": offset},
@@ -174,7 +178,7 @@ def range_case(rng, shape, dtype, *, longest=1.0):
         key,
         value,
         range_mask(start, stop, length),
-        checked.range_attention,
+        scfa_jax.range_attention,
         reference.range_attention,
         (start, stop),
     )
@@ -188,7 +192,7 @@ def causal_case(rng, shape, dtype, *, offset=0):
         key,
         value,
         mask,
-        checked.causal_attention,
+        scfa_jax.causal_attention,
         reference.causal_attention,
         (),
         {"query_offset": offset},

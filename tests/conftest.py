@@ -27,9 +27,25 @@ else:
     several_devices = "--xla_force_host_platform_device_count=8"  # for meshes; all else runs on the first
     os.environ.setdefault("XLA_FLAGS", f"{cheap} {several_devices}")
 
+import typing
+
+import beartype  # noqa: F401  (before TYPE_CHECKING is set below)
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+# Shapes stand in the library's signatures, for typing alone. Here they are imported, and checked at every call.
+ROOT = pathlib.Path(__file__).parents[1]
+WITH_SHAPES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "scfa_jax").rglob("*.py")
+    if "from jaxtyping import" in path.read_text() and path.stem != "index"  # JAX makes pytrees of any objects
+]
+typing.TYPE_CHECKING = True
+with jaxtyping.install_import_hook(WITH_SHAPES, "beartype.beartype"):
+    pass
+typing.TYPE_CHECKING = False
 
 MAPS = pathlib.Path("/proc/self/maps")
 HAS_GPU = jax.default_backend() == "gpu"
@@ -93,6 +109,14 @@ def _few_compiled_functions():
             gc.collect()
 
 
+@pytest.fixture
+def unchecked():
+    """Turns the checks of signatures off, for what is meant to fail in the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request) -> str:
     """Each implementation that runs here."""
@@ -119,7 +143,7 @@ def start(text, tmp_path, monkeypatch):
     from train.__main__ import main
 
     monkeypatch.chdir(tmp_path)
-    options = {"layers": 1, "width": 16, "heads": 2, "num_buckets": 2, "dtype": "float32"}
+    options = {"layers": 1, "width": 16, "heads": 2, "attention": "hash(2)", "dtype": "float32"}
     options |= {"data": text, "seq_len": 16, "batch_size": 2, "steps": 12, "warmup": 2, "lr": 0.01}
     options |= {"log_every": 1, "eval_every": 8, "eval_tokens": 64, "checkpoint_every": 6, "sample_length": 5}
 

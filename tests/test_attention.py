@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import checked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_plain, cotangents, results_and_gradients
 
 import scfa_jax
-from scfa_jax import BlockSizes, Tile, reference
+from scfa_jax import BlockSizes, TileShape, reference
 
 
 def options(implementation):
@@ -112,12 +111,12 @@ def test_two_buckets_in_one_tile_of_keys(implementation):
             key,
             value,
             hash_mask(query_hash, key_hash, exclude_self=exclude_self),
-            checked.hash_sparse_attention,
+            scfa_jax.hash_sparse_attention,
             reference.hash_sparse_attention,
             (query_hash, key_hash),
             {"exclude_self": exclude_self},
         )
-        check(case, implementation, block_sizes=BlockSizes(*(Tile(size, size),) * 3))
+        check(case, implementation, block_sizes=BlockSizes(*(TileShape(size, size),) * 3))
 
 
 STRANDED = {  # of the shapes and options that are compiled above
@@ -276,7 +275,7 @@ def check_short(pattern, lengths, implementation):
 
 def test_empty_batch(implementation):
     empty = jnp.zeros((0, 5, 2, 16))
-    assert checked.causal_attention(empty, empty, empty, implementation=implementation).shape == empty.shape
+    assert scfa_jax.causal_attention(empty, empty, empty, implementation=implementation).shape == empty.shape
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -316,8 +315,8 @@ def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
 
     @jax.jit
     def both(*arrays):
-        got = checked.hash_sparse_attention(*arrays, num_buckets=promise, **options(implementation))
-        return got, reference.hash_sparse_attention(*arrays)
+        got = scfa_jax.hash_sparse_attention(*arrays, num_buckets=promise, query_offset=0, **options(implementation))
+        return got, reference.hash_sparse_attention(*arrays, query_offset=0)
 
     np.testing.assert_allclose(*both(case.query, case.key, case.value, query_hash, key_hash), atol=2e-5)
 
@@ -325,7 +324,7 @@ def test_hashes_of_grouped_and_shared_heads(implementation, heads, promise):
 def test_one_offset_for_each_batch_element(one_implementation):
     case = make_case("causal", np.random.default_rng(15), Shape(3, 20, 40, 2, 2, 16), jnp.float32)
     offsets = jnp.array([0, 20, -30], jnp.int32)
-    attend = jax.jit(partial(checked.causal_attention, **options(one_implementation)))
+    attend = jax.jit(partial(scfa_jax.causal_attention, **options(one_implementation)))
     got = attend(case.query, case.key, case.value, query_offset=offsets)
     dense = jax.jit(reference.causal_attention)
     for b, offset in enumerate((0, 20, -30)):
@@ -340,7 +339,7 @@ def test_chunked_prefill_equals_one_pass(one_implementation):
 
     @jax.jit
     def in_one_and_in_chunks(query, key, value, ids):
-        attend = partial(checked.hash_sparse_attention, **options(one_implementation))
+        attend = partial(scfa_jax.hash_sparse_attention, **options(one_implementation))
         parts = slice(0, 37), slice(37, 60)
         chunks = [attend(query[:, at], key, value, ids[:, at], ids, query_offset=at.start) for at in parts]
         return attend(query, key, value, ids), jnp.concatenate(chunks, 1)

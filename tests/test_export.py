@@ -7,7 +7,7 @@ import pytest
 from cases import SMALL_BLOCKS, Shape, make_case
 from conftest import HAS_GPU
 from jax import export
-from test_lowering import H100, number_of_kernels
+from lowering import H100, number_of_kernels
 
 KERNELS = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 HERE = "cuda" if HAS_GPU else "cpu"

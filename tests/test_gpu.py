@@ -11,8 +11,8 @@ from cases import PATTERNS, Shape, arrays, bucket_ids, make_case
 from tolerance import NAMES, assert_as_exact_as_plain, cotangents, plain_attention, results_and_gradients
 
 import scfa_jax
-from benchmarks.tolerance import Dense, dense_results, problems
 from scfa_jax import reference
+from tools.tolerance import Dense, dense_results, problems
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SIZES = (16, 32, 64, 80, 96, 128, 256)  # of heads

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scfa_jax
-from scfa_jax import search
+from scfa_jax.backends import ordering
+from scfa_jax.backends.triton import marks, order
 from scfa_jax.index import NEVER, SparseIndex
-from scfa_jax.kernels import triton_search
 
 
 def index_of(pattern: str, case: Case) -> SparseIndex:
@@ -105,9 +105,9 @@ def test_an_index_allows_exactly_the_pattern(pattern, data):
     if index.ascending:
         assert (np.diff(high, axis=-1) >= 0).all()
     assert_marked_if_known(index)
-    for order in (index.query_order, index.key_order):
-        if order is not None:
-            np.testing.assert_array_equal(np.sort(order, axis=-1)[0, 0], np.arange(order.shape[-1]))
+    for rows in (index.query_order, index.key_order):
+        if rows is not None:
+            np.testing.assert_array_equal(np.sort(rows, axis=-1)[0, 0], np.arange(rows.shape[-1]))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -157,9 +157,9 @@ def test_the_kernel_finds_the_ranges_that_plain_search_finds(heads):
     last = np.sort(rng.integers(-1, 70, (2, heads[0], 90)).astype(np.int32))
     position = np.argsort(rng.random((2, heads[1], 70)) + 10 * key_id).astype(np.int32)
     position = np.sort(position + 1000 * key_id) - 1000 * key_id  # ascending among equal ids
-    got = triton_search.key_ranges(query_id, last, key_id, position.astype(np.int32), interpret=True)
-    repeated = (np.repeat(x, heads[0] // heads[1], axis=1) for x in (key_id, position.astype(np.int32)))
-    for one, other in zip(got, search.key_ranges(query_id, last, *repeated), strict=True):
+    got = order.key_ranges(query_id, last, key_id, position.astype(np.int32), interpret=True)
+    plain = ordering.plain_key_ranges(query_id, last, key_id, position.astype(np.int32))
+    for one, other in zip(got, plain, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -171,5 +171,5 @@ def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data
     index = build(pattern, case)
     if 0 in (index.query_length, index.key_length):
         return
-    marked = np.asarray(triton_search.marked_codes(index, case.key.shape[2], interpret=True))
+    marked = np.asarray(marks.marked_codes(index, case.key.shape[2], interpret=True))
     np.testing.assert_array_equal(marked, np.where(met_keys(index, case.key.shape[2]), index.key_code, NEVER))

@@ -133,6 +133,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_parts_are_named(name):
     parts, error, message = BAD[name]

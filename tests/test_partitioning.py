@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_sharding import assert_close, attention_of, case_of, dense, gradients, mesh_of, run, sharded
 
-from scfa_jax.partitioning import _spec_of_parts
+from scfa_jax._partitioning import _spec_of_parts
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 

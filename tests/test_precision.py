@@ -10,10 +10,10 @@ import pytest
 from cases import SMALL_BLOCKS, Shape, make_case
 from conftest import HAS_GPU
 from jax.extend.core import jaxprs_in_params
-from test_lowering import H100, gradients, lowered_for_cuda
+from lowering import H100, gradients, lowered_for_cuda
 
 import scfa_jax
-from scfa_jax import dispatch, patterns
+from scfa_jax import attention, patterns
 
 HIGH, HIGHEST = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
 ONCE, THRICE = jax.lax.DotAlgorithmPreset.TF32_TF32_F32, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -30,7 +30,7 @@ OPERATORS = {
     ),
     "range": (scfa_jax.range_attention, lambda: {"key_start": ids(SHAPE[:3]), "key_stop": ids(SHAPE[:3])}),
     "index": (scfa_jax.sparse_attention, lambda: {"index": scfa_jax.causal_index(32, 32)}),
-    "union": (scfa_jax.union_attention, lambda: {"indices": patterns.strided(32, 32, 4)}),
+    "several indices": (scfa_jax.sparse_attention, lambda: {"index": patterns.strided_index(32, 32, 4)}),
     "window": (scfa_jax.window_attention, lambda: {"window": 4, "num_sinks": 2}),
     "sparsek": (
         scfa_jax.sparsek_attention,
@@ -109,13 +109,13 @@ def test_a_cpu_computes_both_alike(implementation):
 
 def test_each_is_traced_once(monkeypatch):
     traced = []
-    forward = dispatch._forward
+    forward = attention._forward
 
-    def counted(implementation, options, *arrays):
-        traced.append(options.precision)
-        return forward(implementation, options, *arrays)
+    def counted(backend, call, *arrays):
+        traced.append(call.precision)
+        return forward(backend, call, *arrays)
 
-    monkeypatch.setattr(dispatch, "_forward", counted)
+    monkeypatch.setattr(attention, "_forward", counted)
     for precision in ("float32", "tf32", "float32", "tf32"):
         attend = partial(scfa_jax.causal_attention, precision=precision, implementation="xla")
         jax.eval_shape(attend, *[jnp.zeros(SHAPE)] * 3)

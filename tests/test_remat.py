@@ -14,8 +14,8 @@ from jax.extend.core import jaxprs_in_params
 
 import scfa_jax.linen
 import scfa_jax.nnx
+from scfa_jax.nnx import Drop, Hash
 from scfa_jax.remat import save_attention
-from scfa_jax.sparsity import Drop, Hash
 
 INDEX_WORK = ("sort", "cummax", "argmax")
 

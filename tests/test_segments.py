@@ -12,22 +12,16 @@ import oracle
 import pytest
 from cases import PATTERNS, SEGMENT_KINDS, SMALL_BLOCKS, Shape, drawn_cases, in_segments, make_case, segment_mask
 from conftest import examples
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from lowering import ATTENTION, BOUNDS, MARKS, RANGES, SORT, gradients, lowered_for_cuda, number_of_kernels
 from test_index import as_mask, build, index_of
-from test_lowering import ATTENTION, BOUNDS, MARKS, RANGES, SORT, gradients, lowered_for_cuda, number_of_kernels
 from test_reference import rule
 from tolerance import NAMES, assert_as_exact_as_plain, cotangents
 
 import scfa_jax
-import scfa_jax.linen
-import scfa_jax.nnx
-from scfa_jax import reference
-from scfa_jax.attention_fn import causal_attention_fn, hash_attention_fn, qk_attention_fn
 from scfa_jax.index import NEVER
-from scfa_jax.sparsity import Drop, Hash
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -272,6 +266,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("operator", ["causal", "hash", "range"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_ids_are_named(name, operator):
@@ -289,57 +284,4 @@ def test_bad_ids_are_named(name, operator):
 
 def test_one_row_of_ids_needs_as_many_keys_as_queries():
     with pytest.raises(ValueError, match=r"key_segment_ids may be None only where .* got 5 and 8"):
-        scfa_jax.causal_attention(X, X[:, :5], X[:, :5], query_segment_ids=IDS)
-
-
-TOKENS = jax.random.normal(jax.random.key(0), (1, 24, 32))
-PACKED = jnp.asarray(np.repeat([4, 1, -1], (9, 11, 4)), jnp.int32)[None]
-
-
-KINDS = {"dense": None, "hash": Hash(4), "drop": Drop(0.3, drop_at_evaluation=True)}
-
-
-@pytest.mark.parametrize(("module", "kind"), [("nnx", "hash"), *(("linen", kind) for kind in KINDS)])
-def test_modules_keep_documents_apart(module, kind):
-    options = {"sparsity": KINDS[kind], "deterministic": True}
-    if module == "nnx":
-        layer = scfa_jax.nnx.CausalSelfAttention(32, 2, **options, rngs=nnx.Rngs(0))
-        draw, apply, bias = layer.draw(1, 24, rngs=jax.random.key(1)), layer, layer.out.bias[...]
-    else:
-        layer = scfa_jax.linen.CausalSelfAttention(32, 2, **options)
-        rngs = {"params": jax.random.key(0), "sparsity": jax.random.key(1)}
-        variables = jax.jit(layer.init)(rngs, TOKENS)
-        draw = layer.apply(variables, 1, 24, rngs={"sparsity": rngs["sparsity"]}, method="draw")
-        apply, bias = partial(layer.apply, variables), variables["params"]["out"]["bias"]
-    apply = jax.jit(apply)
-    packed = apply(TOKENS, segment_ids=PACKED, **draw)
-    for start, stop in ((0, 9), (9, 20)):
-        here = {name: x[:, start:stop] if name != "rotations" else x for name, x in draw.items()}
-        np.testing.assert_allclose(packed[:, start:stop], apply(TOKENS[:, start:stop], **here), atol=1e-5)
-    np.testing.assert_array_equal(packed[:, 20:], jnp.broadcast_to(bias, (1, 4, 32)))
-
-
-def test_attention_functions_for_flax_keep_documents_apart():
-    query, key, value = jax.random.normal(jax.random.key(2), (3, 1, 24, 2, 16))
-    rotations = scfa_jax.random_rotations(jax.random.key(3), 2, 16, 4)
-    hashes = [scfa_jax.lsh_hash(x, rotations) for x in (query, key)]
-    keep = jax.random.bernoulli(jax.random.key(4), 0.6, (1, 24, 2))
-    arguments = (query, key, value)
-    segments = {"query_segment_ids": PACKED}
-    for made, want in (
-        (causal_attention_fn(segment_ids=PACKED), reference.causal_attention(*arguments, **segments)),
-        (
-            hash_attention_fn(rotations, segment_ids=PACKED),
-            reference.hash_sparse_attention(*arguments, *hashes, exclude_self=True, **segments),
-        ),
-        (
-            qk_attention_fn(keep, keep, segment_ids=PACKED),
-            reference.qk_sparse_attention(*arguments, keep, keep, **segments),
-        ),
-    ):
-        nested = [x[None] for x in arguments]
-        got, (got_nested,) = jax.jit(lambda *both: (made(*both[:3]), made(*both[3:])))(*arguments, *nested)  # noqa: B023
-        np.testing.assert_allclose(got, want, atol=1e-5)
-        np.testing.assert_allclose(got_nested, want, atol=1e-5)
-    with pytest.raises(ValueError, match=r"segment_ids must be \[\.\.\., length\], got \(\)"):
-        causal_attention_fn(segment_ids=jnp.int32(0))
+        scfa_jax.causal_attention(X, X[:, :5], X[:, :5], query_offset=0, query_segment_ids=IDS)

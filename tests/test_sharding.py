@@ -14,10 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import scfa_jax
-from scfa_jax import reference, sparsity
+from scfa_jax import index, patterns, reference
 from scfa_jax.kmeans import member_sums, random_centroids, update_centroids
 from scfa_jax.sharding import to_heads, to_sequence
-from scfa_jax.sparsity import BigBird
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
 
@@ -26,7 +25,9 @@ IMPLEMENTATION = None if HAS_GPU else "xla"
 HOW = {"implementation": IMPLEMENTATION, "block_sizes": SMALL_BLOCKS}
 ON_HEADS = P("data", None, "model")
 SHAPE = Shape(2, 40, 40, 8, 4, 16)
-POWER_OF_2 = Shape(2, 32, 32, 8, 4, 16)  # XLA divides by such lengths in its own way: see `scfa_jax.sorting.divided`
+POWER_OF_2 = Shape(
+    2, 32, 32, 8, 4, 16
+)  # XLA divides by such lengths in its own way: see `scfa_jax.backends.ordering.divided`
 SIZES = next(sizes for sizes in ((2, 4), (2, 2), (1, 2), (1, 1)) if sizes[0] * sizes[1] <= jax.device_count())
 
 
@@ -147,14 +148,14 @@ def test_windows_of_each_head_on_parts(kind, num_sinks):
 def test_unions_on_parts():
     """A window, global tokens and random blocks of each head, on explicit axes, where types must fit each other."""
     mesh, case = mesh_of(AxisType.Explicit), case_of("causal")
-    pattern = BigBird(5, num_global=2, num_random=1, block=4)
-    arrays, position = (case.query, case.key, case.value), np.arange(SHAPE.query_length)
-    attend = partial(sparsity.attend, sparsity=pattern, implementation=IMPLEMENTATION)
-    got, collectives = run(mesh, attend, *(sharded(mesh, x) for x in arrays))
-    head = np.arange(SHAPE.heads).reshape(1, -1, 1, 1, 1)
-    mask = jax.jit(pattern.mask)({"head": head}, {}, position[:, None], position)
-    mask = np.broadcast_to(mask, (1, SHAPE.heads, 1, *case.mask.shape[2:]))[:, :, 0]
-    assert_close(got, jax.jit(reference.attention)(*arrays, mask)[0])
+    arrays, length = (case.query, case.key, case.value), SHAPE.query_length
+    numbers = {"num_global": 2, "num_random": 1, "block_size": 4, "num_heads": SHAPE.heads}
+    indices = partial(patterns.bigbird_index, length, length, 5, jax.random.key(0), **numbers)
+    attend = lambda *arrays: scfa_jax.sparse_attention(*arrays, indices(), implementation=IMPLEMENTATION)
+    got, collectives = run(mesh, gradients(attend), *(sharded(mesh, x) for x in arrays))
+    mask = index.mask(jax.jit(indices)())
+    want = jax.jit(gradients(lambda *arrays: reference.attention(*arrays, mask)[0]))(*arrays)
+    assert_close(got, want)
     assert not collectives
 
 
@@ -179,31 +180,18 @@ def test_several_rounds_on_parts():
     assert not collectives
 
 
-def kept(query, key, value, scores):
-    ids = jnp.arange(scores.shape[1], dtype=jnp.int32)[None] // 13
-    return [scfa_jax.keep_top(scores, 0.4), scfa_jax.keep_top(scores, 0.4, segment_ids=ids)]
-
-
 def moved_centroids(query, key, value, scores):
     centroids = random_centroids(jax.random.key(0), 2, 16, 4)
     return update_centroids(centroids, member_sums(key, scfa_jax.kmeans_hash(key, centroids), 4), 0.9)
 
 
-@pytest.mark.parametrize(
-    ("kind", "choice", "sums"),
-    [
-        (AxisType.Explicit, kept, set()),
-        (AxisType.Auto, moved_centroids, {"all-reduce"}),  # over the batch
-    ],
-    ids=lambda x: getattr(x, "__name__", str(x)),
-)
-def test_keys_are_chosen_on_parts(kind, choice, sums):
-    """By their score, and by centroids; SparseK's selection is in test_sparsek."""
-    mesh, case = mesh_of(kind, (2, SIZES[0])), case_of("causal", Shape(2, 29, 29, 4, 2, 16))
+def test_keys_are_chosen_on_parts():
+    """By centroids, whose sums go over the batch; SparseK's selection is in test_sparsek."""
+    mesh, case = mesh_of(AxisType.Auto, (2, SIZES[0])), case_of("causal", Shape(2, 29, 29, 4, 2, 16))
     arrays = case.query, case.key, case.value, jax.random.normal(jax.random.key(0), (2, 29, 2))
-    got, collectives = run(mesh, choice, *(sharded(mesh, x) for x in arrays))
-    assert_close(got, jax.jit(choice)(*arrays))
-    assert {name for name, _ in collectives} == sums
+    got, collectives = run(mesh, moved_centroids, *(sharded(mesh, x) for x in arrays))
+    assert_close(got, jax.jit(moved_centroids)(*arrays))
+    assert {name for name, _ in collectives} == {"all-reduce"}
 
 
 def test_one_index_for_all_heads_and_batch_elements():

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import checked
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from test_index import index_of
 
 import scfa_jax
-from scfa_jax.kernels import tile
+from scfa_jax.backends import tile
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +131,7 @@ def test_offsets_are_data(implementation):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def attend(offset):
-        return checked.causal_attention(
+        return scfa_jax.causal_attention(
             case.query, case.key, case.value, query_offset=offset, implementation=implementation
         )
 
@@ -193,7 +192,7 @@ def test_both_passes_visit_exactly_the_tiles_that_the_bounds_name(pattern, monke
 
     for name in ("add_keys", "weights_and_score_gradient"):
         monkeypatch.setattr(tile, name, counted(name, getattr(tile, name)))
-    blocks = scfa_jax.BlockSizes(*(scfa_jax.Tile(16, 16),) * 3)
+    blocks = scfa_jax.BlockSizes(*(scfa_jax.TileShape(16, 16),) * 3)
     attend = partial(case.operator, **case.options, implementation="xla", block_sizes=blocks)
     with jax.default_device(jax.devices("cpu")[0]):
         arguments = jax.device_put((case.query, case.key, case.value, *case.pattern), jax.devices("cpu")[0])

@@ -1,12 +1,12 @@
-"""The rule of `benchmarks.tolerance` as an assertion."""
+"""The rule of `tools.tolerance` as an assertion."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import HAS_GPU
 
-from benchmarks import tolerance
-from benchmarks.tolerance import NAMES, dense_results, plain_attention, problems, results_and_gradients
+from tools import tolerance
+from tools.tolerance import NAMES, dense_results, plain_attention, problems, results_and_gradients
 
 __all__ = ["NAMES", "assert_as_exact_as_plain", "cotangents", "plain_attention", "results_and_gradients"]
 

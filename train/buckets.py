@@ -10,7 +10,10 @@ import numpy as np
 
 from models.buckets import hashing_layers
 from models.coverage import count_pairs, share
-from scfa_jax import causal_index, patterns
+from models.reformer import Reformer
+from scfa_jax import causal_index, index
+from scfa_jax.layers import Hash
+from scfa_jax.layers.pattern import Rows
 from train.data import Batch
 from train.step import LanguageModel, inputs_and_targets
 
@@ -28,24 +31,25 @@ def bucket_step(model: LanguageModel, params: Any, fixed: Any, batch: Batch) -> 
     """
     transformer = model.merge(params, fixed)
     tokens, _, segment_ids = inputs_and_targets(batch)
-    segments: Any = {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
     layers = hashing_layers(transformer, tokens, segment_ids=segment_ids)
     length = tokens.shape[1]
-    dense = causal_index(length, length, **segments).stats()["pairs"]  # [B or 1, 1]
-    config, measured = transformer.config, []
-    for query, key, chunk_size in layers:
-        sizes = (query[..., None] == jnp.arange(config.num_buckets)).sum(axis=1)  # [B, N, num_buckets]
+    dense = causal_index(length, length, query_segment_ids=segment_ids).pairs()  # [B or 1, 1]
+    measured = []
+    for kind, query, key in layers:
+        sizes = (query[..., None] == jnp.arange(kind.num_buckets)).sum(axis=1)  # [B, N, num_buckets]
         shares = jnp.sort(sizes / length, axis=-1, descending=True)
         entropy = -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)
         layer = {"shares": shares.mean((0, 1)), "effective": jnp.exp(entropy).mean()}
+        chunk_size = kind.chunk_length(length) if isinstance(kind, Reformer) else None
         if key is None:
             ids = segment_ids if segment_ids is None else jnp.tile(segment_ids, (len(query) // len(tokens), 1))
             taken, pairs = count_pairs(query, chunk_size=chunk_size, segment_ids=ids)
             layer["coverage"] = share(taken, pairs).mean()
-        if chunk_size is None:
-            hashed: Any = {"exclude_self": config.exclude_self, "num_buckets": config.num_buckets, **segments}
-            parts = patterns.window_and_buckets(query, key, config.hash_window, **hashed)
-            taken = jnp.asarray(sum(part.stats()["pairs"] for part in parts))
+        if isinstance(kind, Hash):
+            query_marks = {"hash": query}
+            key_marks = query_marks if key is None else {"hash": key}
+            rows = Rows(length, length, query.shape[2], {"query_segment_ids": segment_ids})
+            taken = index.pairs(kind.index(query_marks, key_marks, rows))
         rounds = len(query) // len(tokens)
         layer["pairs"] = (taken.reshape(rounds, len(tokens), -1) / dense).mean()
         measured.append(layer)

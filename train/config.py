@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models import ModelConfig
+from models.controls import Cudnn
+from models.reformer import Reformer
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class RunConfig:
     resume: bool = False
     """Continue a run from its last checkpoint, with the options that it was started with."""
     window_plan: str | None = None
-    """File of python -m train moa, with --attention window: a window for each head in place of --window, and the plan's
-    number of sinks."""
+    """File of python -m train moa, in place of --attention: a window for each head, and the plan's number of sinks."""
     start_from: str | None = None
     """Folder of a run whose best parameters to start from, as to train on under a window plan; the model must have the
     like. Default: random ones."""
@@ -150,11 +151,14 @@ def problem(config: Config) -> str | None:
         return f"--accumulate must divide --batch-size, got {optimizer.accumulate} for {data.batch_size} sequences."
     if optimizer.seed >= 2**32:
         return f"--seed must be below 2**32, got {optimizer.seed}."
-    kinds, buckets = config.model.layer_kinds(), config.model.num_buckets
-    if "dense-cudnn" in kinds and data.documents == "separate":
-        return "--attention dense-cudnn does not go with --documents separate. Take dense."
-    if "reformer" in kinds and buckets * (data.seq_len + 1) >= 2**31:
-        return f"--num-buckets times --seq-len + 1 must be below 2**31 in reformer layers, got {buckets} buckets."
+    for layer in config.model.layer_kinds():
+        if isinstance(layer.kind, Cudnn) and data.documents == "separate":
+            return "--attention cudnn does not go with --documents separate. Take dense."
+        if isinstance(layer.kind, Reformer) and layer.kind.num_buckets * (data.seq_len + 1) >= 2**31:
+            return (
+                f"--attention reformer: num_buckets times --seq-len + 1 must be below 2**31, got "
+                f"{layer.kind.num_buckets} buckets for {data.seq_len} tokens."
+            )
     if not 0 < data.held_out < 1:
         return f"--held-out must lie between 0 and 1, got {data.held_out}."
     return None

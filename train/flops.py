@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from models import ModelConfig
-from models.attention import static_kinds
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets; found by the beginning of the name.
 PEAK_FLOPS = {
@@ -30,8 +28,8 @@ def model_flops(config: ModelConfig, params: Any, sequences: int, length: int) -
     """FLOPs of a training step, as counted for model FLOP utilisation (Chowdhery et al. 2022, appendix B).
 
     Forward and backward pass take 6 FLOPs for a token and a parameter of a matrix, and 12 for each pair of a query and
-    a key and each feature of the heads. Nothing is counted for what is computed again, for hashing, sorting and finding
-    heavy hitters, and for looking up embeddings. Pairs are those that the kind of attention asks for, in buckets of
+    a key and each feature of the heads. Nothing is counted for what is computed again, for hashing and sorting, and
+    for looking up embeddings. Pairs are those that the kind of attention asks for, in buckets of
     equal size where there are any.
 
     Args:
@@ -53,43 +51,16 @@ def layer_densities(config: ModelConfig, length: int) -> list[float]:
     """The pairs that the attention of each layer asks for in training, over those of dense causal attention.
 
     Args:
-        config: The model. Its buckets count as equal in size, and its share of dropped tokens as at its end.
+        config: The model. Its buckets count as equal in size.
         length: Tokens a sequence.
 
     Returns:
         One number a layer, the mean over its heads.
     """
-    causal = _causal_pairs(length)
-    density_of = {
-        "dense": 1.0,
-        "dense-cudnn": 1.0,
-        "hash": _hash_pairs(config, length) / causal,
-        "reformer": 1 / config.num_buckets,
-        "qk": (1 - config.drop_rate) ** 2,
-        "topk": 1 - config.drop_rate,
-        "sparsek": _sparsek_pairs(config, length) / causal,
-        "heavy": _sparsek_pairs(config, length) / causal,
-        "identity": 0.0,
-    }
-    return [
-        density_of[kind] if kind in density_of else static_kinds(config, layer)[kind].pairs(length) / causal
-        for layer, kind in enumerate(config.layer_kinds())
-    ]
+    layouts = config.layouts()
+    pairs = {layout: layout.kind.pairs(length, layout.num_heads) for layout in set(layouts)}
+    return [pairs[layout] / _causal_pairs(length) for layout in layouts]
 
 
 def _causal_pairs(length: int) -> float:
     return length * (length + 1) / 2
-
-
-def _hash_pairs(config: ModelConfig, length: int) -> float:
-    """The keys of the window, and before it those of a bucket: see `scfa_jax.patterns.window_and_buckets`."""
-    near = float(np.minimum(np.arange(length) + 1, config.hash_window).sum())
-    own = length if config.hash_window and config.exclude_self else 0  # counted in the window, and left out
-    return near - own + (_causal_pairs(length) - near) / config.num_buckets
-
-
-def _sparsek_pairs(config: ModelConfig, length: int) -> float:
-    """The keys of the windows, and those selected before them: see `scfa_jax.sparsek_attention`."""
-    position = np.arange(length)
-    before = np.maximum(0, position // config.sparsek_chunk * config.sparsek_chunk - config.sparsek_window + 1)
-    return float(np.sum(position + 1 - before + np.minimum(before, config.sparsek_keys)))

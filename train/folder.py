@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import typing
 from pathlib import Path
@@ -27,6 +28,7 @@ from train.processes import first_does
 CONFIG_FILE = "config.json"
 RUNS_FOLDER = Path("runs")
 SECTIONS = ("config", "corpus", "versions", "device")  # of the file
+ATTENTION_IN_NAME = 64  # characters: that of a window plan has thousands
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -160,12 +162,11 @@ def load_config(folder: Path) -> Config:
     """
     sections: dict[str, Any] = load_facts(folder).get("config", {})
     try:
-        model = sections["model"]
         of_session = {"out": str(folder), "resume": False, "seconds": None, "stop_at": None, "window_plan": None}
         of_session["distributed"] = None
         run = {**sections["run"], **of_session}
         config = Config(
-            model=ModelConfig(**{**model, "window_rules": _as_tuples(model.get("window_rules"))}),
+            model=ModelConfig(**sections["model"]),
             data=DataConfig(**sections["data"]),
             optimizer=OptimizerConfig(**sections["optimizer"]),
             run=RunConfig(**run),
@@ -190,11 +191,6 @@ def _check_types(section: Any) -> None:
             typeguard.check_type(getattr(section, name), kind)
         except typeguard.TypeCheckError as error:
             raise TypeError(f"{name}: {' '.join(str(error).split())}") from None
-
-
-def _as_tuples(value: Any) -> Any:
-    """Lists of JSON as tuples, which can be hashed."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def latest_run() -> Path:
@@ -223,7 +219,8 @@ def new_run_folder(config: Config) -> Path:
             raise TrainError(f"{folder} already holds a run. Add --resume to continue it, or choose another --out.")
         return folder
     text = "stdlib" if config.data.data is None else Path(config.data.data).name.split(".")[0].strip("*?[]") or "texts"
-    name = f"{text}-{config.model.attention.replace(',', '-').replace(' ', '')}"
+    attention = re.sub(r"[^\w.]+", "-", config.model.attention).strip("-")[:ATTENTION_IN_NAME]
+    name = f"{text}-{attention}"
     folder, count = RUNS_FOLDER / name, 1
     while folder.exists():
         count += 1

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from models import Transformer
+from scfa_jax.layers import Window
 from train.step import LanguageModel, TrainState
 
 
@@ -49,7 +50,8 @@ def generate(
     traced_seed = np.uint32(seed)  # an int would have to fit int32
     config = model.merge(*arrays).config
     # Elastic windows follow the room that there is: it is that of training, however few tokens are asked for.
-    size = window if config.window_rules is not None else min(window, total)
+    elastic = any(isinstance(layer.kind, Window) and layer.kind.is_elastic for layer in config.layer_kinds())
+    size = window if elastic else min(window, total)
     if not config.can_decode():
         padded = np.pad(tokens, [(0, 0), (0, max(0, size - total))])
         filled = _recompute(model, *arrays, padded, start, total, traced_seed, temperature, size, without)

@@ -56,7 +56,7 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
         mesh, functools.partial(eval_step, model), state.params, state.fixed, part, weights, out_shardings=outputs
     )
     buckets = None
-    if set(HASHING) & set(config.model.layer_kinds()):
+    if any(isinstance(layer.kind, HASHING) for layer in config.model.layer_kinds()):
         measured = functools.partial(bucket_step, model)
         lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
         buckets = lowered.compile(compiler_options=options)

@@ -9,7 +9,7 @@ import string
 import jax
 import jax.numpy as jnp
 
-from scfa_jax.partitioning import SUMMED, WHOLE, split
+from scfa_jax._partitioning import SUMMED, WHOLE, split
 
 # Logits that exist at once: 2**28 in float32 are 1 GiB, those of 4,096 tokens of a vocabulary of 50,304.
 MAX_LOGITS = 2**28

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import tyro
 
-from models import PRESETS, ModelConfig
+from models import PRESETS
 from train.config import Config, problem
 from train.errors import TrainError
 from train.folder import CONFIG_FILE, expanded, latest_run, load_config
@@ -39,12 +39,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     connect(config.run.distributed)  # before anything asks JAX for its devices
     if not config.run.resume:
         # Again, with the values of the model that was named for what is not given.
-        return _checked(_read_arguments(argv, Config(model=PRESETS[config.model.preset])))
+        preset = PRESETS[config.model.preset]
+        return _checked(_read_arguments(argv, Config(model=preset)), preset.attention)
     folder = expanded("out", config.run.out) if config.run.out else latest_run()
     stored = load_config(folder)
     # The options given now, on top of those of the run: what differs was asked for explicitly. Checked no
     # earlier, since options that do not fit the defaults may fit the run.
-    asked = _checked(_read_arguments(argv, stored))
+    asked = _checked(_read_arguments(argv, stored), stored.model.attention)
     differing = [
         f"--{name.replace('_', '-')} ({old} there, {new} here)"
         for section in ("model", "data", "optimizer")
@@ -63,14 +64,20 @@ def _read_arguments(argv: Sequence[str] | None, default: Config) -> Config:
     return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, default=default, prog="python -m train")
 
 
-def _checked(config: Config) -> Config:
-    """Fails on impossible options; makes the paths of the data absolute and decides the dtype."""
+def _checked(config: Config, attention: str) -> Config:
+    """Fails on impossible options; makes the paths of the data absolute and decides the dtype.
+
+    `attention` is what `--attention` is where it is not given.
+    """
     wrong = config.model.problem() or problem(config) or mesh_problem(config)
     if wrong:
         raise TrainError(wrong)
     model, data = config.model, config.data
     if config.run.window_plan is not None:
-        model = _under_plan(model, config.run.window_plan)
+        if model.attention != attention:
+            raise TrainError(f"--window-plan takes the place of --attention, got {model.attention} too. Leave one out.")
+        plan = load_plan(expanded("window-plan", config.run.window_plan), model.layers, model.heads)
+        model = dataclasses.replace(model, attention=plan.attention)
     if model.dtype == "auto":
         on_cpu = jax.default_backend() == "cpu"
         model = dataclasses.replace(model, dtype="float32" if on_cpu else "bfloat16")
@@ -78,14 +85,6 @@ def _checked(config: Config) -> Config:
         data, data=_absolute("data", data.data), bpe=_absolute("bpe", data.bpe), cache=_absolute("cache", data.cache)
     )
     return dataclasses.replace(config, model=model, data=data)
-
-
-def _under_plan(model: ModelConfig, path: str) -> ModelConfig:
-    """The model with a plan's windows and sinks."""
-    if "window" not in model.layer_kinds():
-        raise TrainError(f"--window-plan goes with --attention window, got {model.attention}.")
-    plan = load_plan(expanded("window-plan", path), model.layers, model.heads)
-    return dataclasses.replace(model, window_rules=plan.rules, num_sinks=plan.num_sinks)
 
 
 def _absolute(option: str, path: str | None) -> str | None:

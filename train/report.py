@@ -224,7 +224,7 @@ def _unit(histories: Mapping[str, History]) -> str:
 def _density(config: Config, history: History) -> float:
     """Pairs taken over those of dense attention, the mean over layers; where they hash, as last measured, if it was."""
     densities = layer_densities(config.model, config.data.seq_len)
-    hashed = [layer for layer, kind in enumerate(config.model.layer_kinds()) if kind in HASHING]
+    hashed = [layer for layer, of in enumerate(config.model.layer_kinds()) if isinstance(of.kind, HASHING)]
     for layer, measured in zip(hashed, _last(history, "bucket_pairs") or [], strict=False):
         densities[layer] = measured
     return sum(densities) / len(densities)

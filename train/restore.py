@@ -65,7 +65,7 @@ def variables_of(run: str, corpus: Corpus, like: TrainState) -> tuple[Any, Any]:
     if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, like.params):
         raise TrainError(
             f"--start-from: the model of {folder} has other parameters than this one. Give this run the same --layers, "
-            f"--width, --heads, --positions and --share-query-key."
+            f"--width, --heads and --positions, and an --attention with the same share_query_key."
         )
     same = jax.tree.map(jnp.shape, state.fixed) == jax.tree.map(jnp.shape, like.fixed)
     return state.params, state.fixed if same else like.fixed

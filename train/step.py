@@ -20,7 +20,7 @@ from train.data import Batch
 from train.loss import cross_entropy
 
 # What of a draw serves all sequences of a step.
-ONE_FOR_ALL = ("rotations", "seed", "fraction")
+ONE_FOR_ALL = ("rotations", "seed")
 
 
 class TrainState(NamedTuple):
@@ -96,7 +96,7 @@ def train_step(
     batch_size, length = batch.tokens[:, 1:].shape
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = model.merge(state.params, state.fixed)
-    draws = whole.draw(batch_size, length, key, state.step)
+    draws = whole.draw(batch_size, length, key)
 
     def loss_of(variables: tuple[Any, Any], batch: Batch, draws: Any) -> jax.Array:
         """The part's share of the mean over all tokens."""
@@ -109,8 +109,7 @@ def train_step(
     variables = state.params, _centroids(state.fixed)
     loss, gradients = _accumulated(jax.value_and_grad(loss_of), variables, (batch, draws), config.accumulate)
     gradients, sums = gradients  # the latter by the centroids: see `scfa_jax.kmeans.with_gradient`
-    move = functools.partial(update_centroids, decay=whole.config.centroid_decay)
-    fixed = _with(state.fixed, jax.tree.map(move, variables[1], sums))
+    fixed = _with(state.fixed, jax.tree.map_with_path(functools.partial(_moved, whole), variables[1], sums))
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     measured = Measured(loss, optax.tree.norm(gradients), jnp.asarray(learning_rate(config)(state.step), jnp.float32))
@@ -160,6 +159,13 @@ def _for_loss(features: jax.Array) -> jax.Array:
 def _centroids(fixed: Any) -> Any:
     """Centroids alone, None in the place of all else."""
     return jax.tree.map_with_path(lambda path, x: x if path[-1].key == "centroids" else None, fixed)
+
+
+def _moved(model: Transformer, path: tuple[Any, ...], centroids: jax.Array, sums: jax.Array) -> jax.Array:
+    """The centroids of the next step, those of a layer by the decay of its own."""
+    _, layer, *_ = path  # blocks, the number of the block, ...
+    kind: Any = model.blocks[layer.key].attention.layout.kind
+    return update_centroids(centroids, sums, kind.by.decay)
 
 
 def _with(fixed: Any, centroids: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +128,7 @@ class Run(NamedTuple):
     stop: jax.Array  # int32 [B, N], at most S
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Kernels that attend to one index. A backend is hashable and equal to itself alone."""
 

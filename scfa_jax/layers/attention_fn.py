@@ -97,7 +97,7 @@ def qk_attention_fn(
     query_keep: Bool[Array, "*B T N"],
     key_keep: Bool[Array, "*B T K"],
     *,
-    segment_ids: Int[Array, "*B T"] | None = None,
+    segment_ids: Int[Array, "*#B T"] | None = None,
     implementation: Implementation = None,
 ) -> Callable[..., jax.Array]:
     """Makes QK-sparse attention an `attention_fn` of Flax's multi-head attention (linen and nnx).

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from scfa_jax._checks import at_least_float32
+
 Cache: TypeAlias = dict[str, jax.Array]
 """What decoding keeps of the tokens so far, under Flax's names: `cached_<name>`, and `cache_index`, int32 `[]`, their
 number."""
@@ -76,6 +78,10 @@ class Kind(abc.ABC):
         """Draws what one call on `[batch_size, length]` tokens needs: arrays by the names of `drawn`."""
         del key, batch_size, length, layout
         return {}
+
+    @abc.abstractmethod
+    def pairs(self, length: int, num_heads: int) -> float:
+        """Counts the pairs of a query and a key that attend in a sequence, in the mean over `num_heads` heads."""
 
     @abc.abstractmethod
     def attend(self, heads: Heads, state: State, *, segment_ids: jax.Array | None = None, **options: Any) -> jax.Array:
@@ -257,7 +263,7 @@ def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     Returns:
         `[..., H]` in the dtype of `x`.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
@@ -278,4 +284,4 @@ def shared_key(query: jax.Array, num_key_heads: int) -> jax.Array:
     if num_heads == num_key_heads:
         return query
     grouped = query.reshape(batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
-    return grouped.astype(jnp.promote_types(query.dtype, jnp.float32)).mean(axis=3)
+    return grouped.astype(at_least_float32(query.dtype)).mean(axis=3)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scfa_jax import index, patterns
@@ -124,7 +125,8 @@ class Pattern(Kind):
         Returns:
             bool `[1 or B, 1 or N, S]`.
         """
-        return index.mask(self.index(query, key, Rows(1, key_length, num_heads, {"query_offset": position})))[:, :, 0]
+        mask = index.mask(self.index(query, key, Rows(1, key_length, num_heads, {"query_offset": position})))[:, :, 0]
+        return mask if mask.shape[1] == 1 else jnp.repeat(mask, num_heads // mask.shape[1], axis=1)
 
     def places(self, position: jax.Array, length: int) -> jax.Array | None:
         """Tells which places of a cache one token can meet, so that decoding need not read the others.

@@ -48,9 +48,10 @@ def check(cache: Cache, key: jax.Array, *, has_places: bool = True) -> None:
 
 
 def extended(cache: Cache, key: jax.Array, value: jax.Array, marks: dict[str, jax.Array]) -> Cache:
-    """The cache with new tokens: `[B, T, K, H]`, and marks `[B, T, K]`."""
+    """The cache with new tokens: `[B, T, K, H]`, and marks `[1 or B, 1 or T, 1 or K]`."""
     check(cache, key)
     start, length = cache["cache_index"], key.shape[1]
+    marks = {name: jnp.broadcast_to(mark, key.shape[:3]) for name, mark in marks.items()}
     written = {
         f"cached_{name}": jax.lax.dynamic_update_slice_in_dim(cache[f"cached_{name}"], row, start, axis=1)
         for name, row in {"key": key, "value": value, **marks}.items()

@@ -58,6 +58,11 @@ class Window(Pattern):
             )
         return self
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a window depends on the length."""
+        return any(_numbers(self.slope))
+
     def lengths(self, length: int) -> tuple[int, ...]:
         """The windows at a length.
 

@@ -115,7 +115,7 @@ def _number(one: jax.Array, other: jax.Array, *of_query: jax.Array) -> tuple[jax
     is_new = (one[..., 1:] != one[..., :-1]) | (other[..., 1:] != other[..., :-1])
     is_new = jnp.pad(is_new, ((0, 0), (0, 0), (1, 0)), constant_values=True)[..., : one.shape[2]]
     number = jnp.cumsum(is_new & is_key, axis=2, dtype=jnp.int32)
-    has_key = jax.lax.cummax(jnp.where(is_new, 2 * iota_like(place) + is_key, 0), axis=2) % 2 == 1
+    has_key = jax.lax.cummax(jnp.where(is_new, 2 * iota_like(place) + is_key.astype(jnp.int32), 0), axis=2) % 2 == 1
     _, number = jax.lax.sort((place, jnp.where(has_key, number, -1)), num_keys=1, is_stable=False)
     parts = jnp.split(number, [key_length], axis=2)[: len(sides)]
     lengths = [side[0].shape[1] for side in sides]

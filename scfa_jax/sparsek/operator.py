@@ -326,7 +326,7 @@ def gated(
     by_candidate = lambda x: x.swapaxes(2, 3)  # [B, M, K, C]
     gates = _gates(num_keys, by_candidate(scores), by_candidate(is_candidate), in_order=True)
     gates = _one_axis(by_candidate(gates)[:, :, :num_keys])[..., None]
-    key, value = ((gates * x).astype(x.dtype) for x in (key, value))
+    key, value = ((gates * x.astype(gates.dtype)).astype(x.dtype) for x in (key, value))
 
     count = is_candidate[:, :, :num_keys].sum(axis=2, dtype=jnp.int32).swapaxes(1, 2)  # [B, K, M]
     count = jnp.take(count, chunk, axis=2)
@@ -372,14 +372,14 @@ def _gates_forward(k: int, scores: jax.Array, takes_part: jax.Array, in_order: b
     ascending, of_highest = jax.lax.sort((edge, is_highest), num_keys=1, is_stable=False)
     lacks, others = jnp.where(of_highest, ascending, 0.0), jnp.where(of_highest, 0.0, ascending)
     above = lambda x: x.sum(axis=-1, keepdims=True) - jnp.cumsum(x, axis=-1)
-    slope = jnp.cumsum(of_highest, axis=-1) + above(~of_highest)
+    slope = (jnp.cumsum(of_highest, axis=-1) + above(~of_highest)).astype(jnp.float32)
     excess = ascending * slope - (jnp.cumsum(lacks, axis=-1) + above(others))  # what is lacking, less what others have
     start = jnp.max(jnp.where(excess <= 0, ascending, -1.0), axis=-1, keepdims=True)
     # From there on it is linear. Summed anew, since cumulative sums are rounded more.
     is_lacking, is_other = is_highest & (edge <= start), ~is_highest & (edge > start)
     excess = jnp.where(is_lacking | is_other, start - edge, 0.0).sum(axis=-1, keepdims=True)
     number = (is_lacking | is_other).sum(axis=-1, keepdims=True)
-    threshold = start - excess / jnp.maximum(number, 1)
+    threshold = start - excess / jnp.maximum(number, 1).astype(jnp.float32)
 
     is_between = jnp.where(is_highest, edge < threshold, edge > threshold) & takes_part & has_more
     gates = jnp.where(is_between, jnp.clip(y - threshold, 0.0, 1.0), jnp.where(is_highest, 1.0, 0.0))
@@ -390,7 +390,7 @@ def _gates_backward(k: int, in_order: bool, is_between: jax.Array, cotangent: ja
     del k, in_order
     cotangent = jnp.where(is_between, cotangent, 0.0)
     number = jnp.maximum(is_between.sum(axis=-1, keepdims=True), 1)
-    mean = cotangent.sum(axis=-1, keepdims=True) / number
+    mean = cotangent.sum(axis=-1, keepdims=True) / number.astype(jnp.float32)
     return jnp.where(is_between, cotangent - mean, 0.0), None
 
 

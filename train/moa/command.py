@@ -12,6 +12,8 @@ import numpy as np
 import tyro
 
 from models import ModelConfig
+from models.kinds import text_of
+from scfa_jax.layers import Dense, Drop
 from train.config import Config
 from train.data import Corpus, load_corpus
 from train.errors import TrainError
@@ -26,7 +28,7 @@ from train.restore import restored
 from train.step import LanguageModel, TrainState
 
 # Layers of these kinds have queries, keys and values, and attend to all earlier keys when they are evaluated.
-PROFILED = ("dense", "dense-cudnn", "qk")
+PROFILED = (Dense, Drop)  # Cudnn is Dense as well
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,10 @@ def moa(options: MoaOptions) -> int:
 
 
 def _check_model(model: ModelConfig) -> None:
-    unknown = [kind for kind in model.layer_kinds() if kind not in PROFILED]
+    unknown = [layer for layer in model.layer_kinds() if not isinstance(layer.kind, PROFILED)]
     if unknown:
         raise TrainError(
-            f"moa profiles layers of {', '.join(PROFILED)}, and the run has {unknown[0]} layers. Name another run."
+            f"moa profiles layers of dense, cudnn and drop, and the run has {text_of(unknown[:1])}. Name another run."
         )
 
 
@@ -165,8 +167,8 @@ def _choose(
     choice = choose.choose(losses, costs, options.density, options.objective)
     shape = model.layers, model.heads, 2
     plans = {
-        "plan": plan_of(rules[choice.rules].reshape(shape), options.sinks),
-        "uniform": plan_of(np.broadcast_to(uniform, shape), options.sinks),
+        "plan": plan_of(rules[choice.rules].reshape(shape), options.sinks, model),
+        "uniform": plan_of(np.broadcast_to(uniform, shape), options.sinks, model),
     }
     predicted = {
         name: [

@@ -8,7 +8,9 @@ import functools
 import jax
 from flax import nnx
 
-from models import ModelConfig, Transformer
+from models import Transformer
+from models.kinds import LayerKind, text_of
+from scfa_jax.layers import Dense
 from train.config import Config
 from train.data import Corpus
 from train.loop import evaluate
@@ -29,16 +31,11 @@ def held_out_loss(config: Config, corpus: Corpus, state: TrainState, plan: Plan 
     Returns:
         Nats a token.
     """
-    shape = (
-        dataclasses.replace(config.model, drop_at_evaluation=False) if plan is None else under_plan(config.model, plan)
-    )
+    dense = (LayerKind(Dense(), layer.share_query_key, layer.normalize_key) for layer in config.model.layer_kinds())
+    attention = text_of(tuple(dense)) if plan is None else plan.attention
+    shape = dataclasses.replace(config.model, attention=attention)
     rngs = functools.partial(nnx.Rngs, params=0, sparsity=0)
     sizes = {"vocab_size": corpus.vocab_size, "max_length": config.data.seq_len}
     graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(shape, rngs=rngs(), **sizes)))
     step = jax.jit(functools.partial(eval_step, LanguageModel(graph)))
     return evaluate(step, state, corpus, config.data, max_tokens)
-
-
-def under_plan(model: ModelConfig, plan: Plan) -> ModelConfig:
-    """A model of the same parameters with the windows of a plan."""
-    return dataclasses.replace(model, attention="window", window_rules=plan.rules, num_sinks=plan.num_sinks)

@@ -40,7 +40,7 @@ class Triton:
         return None
 
     def missing(self, *, device: bool) -> str | None:
-        return _compat.missing(device=device and not self.interpret)
+        return _compat.missing_in_jax() if self.interpret else _compat.missing(device=device)
 
     def forward(self, call, inputs, dtype):
         from scfa_jax.backends.triton import forward

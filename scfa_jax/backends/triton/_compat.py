@@ -13,9 +13,14 @@ LEAST_COMPUTE_CAPABILITY = "8.0"
 
 def missing(*, device: bool) -> str | None:
     """As `Backend.missing`."""
+    return missing_in_jax() or (gpu_problem() if device or gpu() is not None else None)
+
+
+def missing_in_jax() -> str | None:
+    """Says what JAX lacks, for the interpreter too; None for nothing."""
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Triton backend of Pallas"
-    return gpu_problem() if device or gpu() is not None else None
+    return None
 
 
 def gpu_problem() -> str | None:

@@ -36,7 +36,7 @@ def sorted_codes(ids: jax.Array, num_buckets: int, *, interpret: bool) -> jax.Ar
     Returns:
         int32 `[B, N, L]`, ascending: `id * L + position`.
     """
-    codes = ids * np.int32(ids.shape[-1]) + jnp.arange(ids.shape[-1], dtype=jnp.int32)
+    codes = ids * np.int32(ids.shape[-1]) + jnp.arange(ids.shape[-1], dtype=jnp.int32)[None, None]
     bits = max((num_buckets - 1).bit_length(), 1)
     passes = pl.cdiv(bits, _DIGIT_BITS)
     digit_bits = pl.cdiv(bits, passes)

@@ -55,7 +55,8 @@ class Experiment:
     has_test: bool = False
 
 
-_LONG_TEXT = "--preset bytes --lr 1e-3 --sample-length 0"
+_BYTES = "--preset bytes --sample-length 0"
+_LONG_TEXT = f"{_BYTES} --lr 1e-3"
 _EVALUATED = "--eval-every 250 --eval-tokens 1000000 --log-every 25 --checkpoint-every 500"
 
 
@@ -98,6 +99,30 @@ def _with_another_seed(runs: Mapping[str, str], names: Sequence[str]) -> dict[st
     return {**runs, **{f"{name}-seed-1": f"{runs[name]} --seed 1" for name in names}}
 
 
+def _mixes(window: int, length: int) -> dict[str, str]:
+    """Dense attention, and windows with one global layer in six or without: the kinds of the frontier, by name."""
+    windows, own_keys = f"window({window}, num_sinks=4)", _kinds(length)["hash-window-own-keys"].split("'")[1]
+    return {
+        "dense": "cudnn",
+        "windows-dense": f"{windows}*5, cudnn",
+        "windows-hash": f"{windows}*5, hash(16)",
+        "windows-hash-own-keys": f"{windows}*5, {own_keys}",
+        "windows": windows,
+        "dense-shared": "cudnn(share_query_key=True, normalize_key=True)",
+    }
+
+
+def _frontier(kinds: Mapping[str, str], horizons: Sequence[int], seeds: Sequence[int]) -> dict[str, str]:
+    """Each kind on a schedule of its own for each horizon, for each seed: the longest ones first."""
+    return {
+        f"{name}-{steps}" + (f"-seed-{seed}" if seed else ""): f"{_with_attention(kind)} --steps {steps}"
+        f" --warmup {steps // 20}" + (f" --seed {seed}" if seed else "")
+        for seed in seeds
+        for steps in horizons
+        for name, kind in kinds.items()
+    }
+
+
 _PAPERS = {name: _kinds(8192)[name] for name in ("dense", "hash", "qk-30", "reformer")}
 _BPE = "--preset gpt2-small --tokenizer gpt2 --bpe FOLDER/gpt2_bpe --lr 6e-4 --warmup 150 --sample-length 0"
 
@@ -134,6 +159,22 @@ EXPERIMENTS = {
         "wikipedia_long.jsonl.gz",
         f"{_LONG_TEXT} {_EVALUATED} --batch-size 2 --seq-len 16384 --steps 2000 --warmup 200",
         _kinds(16_384),
+    ),
+    # Final quality against time: every point is the end of a schedule of its own.
+    "frontier-16k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_LONG_TEXT} {_EVALUATED} --batch-size 2 --seq-len 16384",
+        _frontier(_mixes(512, 16_384), horizons=(4000, 2000, 1000), seeds=(0, 1, 2)),
+    ),
+    # What learning rate suits the kinds of the frontier: a quarter of its longest horizon.
+    "rates-16k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_BYTES} {_EVALUATED} --batch-size 2 --seq-len 16384 --steps 1000 --warmup 50",
+        {
+            f"{name}-{rate}": f"{_with_attention(kind)} --lr {rate}"
+            for name, kind in _mixes(512, 16_384).items()
+            for rate in ("5e-4", "1e-3", "2e-3")
+        },
     ),
     "bpe-8k": Experiment(
         "wikipedia_long.jsonl.gz",

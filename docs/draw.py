@@ -1,7 +1,6 @@
 """Draws which pairs of a small case each pattern allows, and which tiles its index skips: `python -m docs.draw`.
 
-Nothing is drawn by hand: pairs come from the codes and ranges of a `SparseIndex`, tiles from the bounds that the
-kernels take.
+Nothing is drawn by hand: pairs come from `SparseIndex.mask`, tiles from the bounds that the kernels take.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import scfa_jax
-from scfa_jax import tiling
+from scfa_jax._bounds import key_tile_bounds, num_tiles
+from scfa_jax.index import as_list
 
 LENGTH, BLOCK = 192, 16
 IMAGES = Path(__file__).parent / "images"
@@ -79,10 +79,11 @@ class Data:
 def patterns() -> dict[str, Picture]:
     """Returns the patterns that are drawn, by the name of their picture."""
     data = Data.made()
-    causal_index, hash_index = scfa_jax.causal_index, scfa_jax.hash_index
+    (in_buckets,) = as_list(scfa_jax.hash_index(data.buckets, num_buckets=4))
+    (in_documents,) = as_list(scfa_jax.hash_index(data.buckets, num_buckets=4, query_segment_ids=data.documents))
     return {
-        "causal": Picture("Dense causal attention", causal_index(LENGTH, LENGTH)),
-        "hash": Picture("Hash buckets: 4, of unequal size", hash_index(data.buckets, num_buckets=4)),
+        "causal": Picture("Dense causal attention", scfa_jax.causal_index(LENGTH, LENGTH)),
+        "hash": Picture("Hash buckets: 4, of unequal size", in_buckets),
         "keep": Picture(
             "Half of queries and keys kept",
             scfa_jax.keep_index(data.query_keep, data.key_keep),
@@ -91,28 +92,11 @@ def patterns() -> dict[str, Picture]:
         "ranges": Picture("Ranges of keys that the caller names", scfa_jax.range_index(data.start, data.stop, LENGTH)),
         "documents": Picture(
             "Three documents in pieces, and padding",
-            causal_index(LENGTH, LENGTH, query_segment_ids=data.documents),
+            scfa_jax.causal_index(LENGTH, LENGTH, query_segment_ids=data.documents),
             one_query=155,
         ),
-        "hash-in-documents": Picture(
-            "Hash buckets within these documents",
-            hash_index(data.buckets, num_buckets=4, query_segment_ids=data.documents),
-            one_query=155,
-        ),
+        "hash-in-documents": Picture("Hash buckets within these documents", in_documents, one_query=155),
     }
-
-
-def pairs_by_index(index: scfa_jax.SparseIndex) -> np.ndarray:
-    """Which pairs are allowed, bool `[T, S]`, queries and keys in the order of the index."""
-    low, high, code = (np.asarray(x)[0, 0] for x in (index.low, index.high, index.key_code))
-    return (low[:, None] <= code) & (code <= high[:, None])
-
-
-def pairs_by_position(index: scfa_jax.SparseIndex) -> np.ndarray:
-    """Which pairs are allowed, bool `[T, S]`, queries and keys in the order of the sequence."""
-    pairs = np.zeros((index.query_length, index.key_length), bool)
-    pairs[np.ix_(*orders(index))] = pairs_by_index(index)
-    return pairs
 
 
 def orders(index: scfa_jax.SparseIndex) -> tuple[np.ndarray, np.ndarray]:
@@ -125,9 +109,9 @@ def orders(index: scfa_jax.SparseIndex) -> tuple[np.ndarray, np.ndarray]:
 
 def tiles_of_index(index: scfa_jax.SparseIndex) -> np.ndarray:
     """What the kernels do with each tile, `[tiles of queries, tiles of keys]`: SKIPPED, ON_EDGE or IN_FULL."""
-    bounds = np.asarray(tiling.key_tile_bounds(index, BLOCK, BLOCK))[0, 0][..., None]
+    bounds = np.asarray(key_tile_bounds(index.ranges, BLOCK, BLOCK))[0, 0][..., None]
     start, full_start, full_stop, stop = bounds.swapaxes(0, 1)
-    tile = np.arange(tiling.num_tiles(index.key_length, BLOCK))
+    tile = np.arange(num_tiles(index.key_length, BLOCK))
     full, visited = (full_start <= tile) & (tile < full_stop), (start <= tile) & (tile < stop)
     return np.where(full, IN_FULL, np.where(visited, ON_EDGE, SKIPPED))
 
@@ -149,15 +133,14 @@ def shades(pairs: np.ndarray, tiles: np.ndarray, one_query: int) -> np.ndarray:
 
 def panels(picture: Picture) -> dict[str, np.ndarray]:
     """Shades `[T, S]` by title: in the order of the sequence, and of the index if that is another."""
-    index, total = picture.index, tiling.num_tiles(LENGTH, BLOCK) ** 2
+    index, total = picture.index, num_tiles(LENGTH, BLOCK) ** 2
     query_order, key_order = orders(index)
-    pairs, tiles = pairs_by_index(index), tiles_of_index(index)
+    pairs, tiles = np.asarray(index.mask())[0, 0], tiles_of_index(index)
     visited = f"{np.sum(tiles != SKIPPED)} of {total} tiles visited, {np.sum(tiles == IN_FULL)} full"
     row = int(np.flatnonzero(query_order == picture.one_query)[0])
-    by_index = shades(pairs, tiles, row)
+    by_index = shades(pairs[np.ix_(query_order, key_order)], tiles, row)
     if (query_order == np.arange(LENGTH)).all() and (key_order == np.arange(LENGTH)).all():
         return {f"in the order of the sequence: {visited}": by_index}
-    pairs = pairs_by_position(index)
     tiles = tiles_of_pairs(pairs)
     before = f"in the order of the sequence: {np.sum(tiles != SKIPPED)} of {total} tiles hold pairs"
     return {

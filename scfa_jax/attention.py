@@ -57,8 +57,8 @@ def sparse_attention(
         that take no part: queries without keys, and keys and values that no query attends to.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, or an option is unknown.
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
     Examples:
@@ -118,8 +118,8 @@ def causal_attention(
         0, log-sum-exp `-inf` and gradients of 0.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, an option is unknown, or `T` differs from `S` and there is no
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other, or `T` differs from `S` and there is no
             `query_offset`.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
@@ -165,8 +165,8 @@ def window_attention(
         0, log-sum-exp `-inf` and gradients of 0.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, an option is unknown, `num_sinks` is below 0, or `T` differs from `S`
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other, `num_sinks` is below 0, or `T` differs from `S`
             and there is no `query_offset`.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
@@ -222,8 +222,8 @@ def hash_sparse_attention(
         0, log-sum-exp `-inf` and gradients of 0.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, an option is unknown, or `T` differs from `S` and there is no
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other, or `T` differs from `S` and there is no
             `query_offset`.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
@@ -285,8 +285,8 @@ def qk_sparse_attention(
         0, log-sum-exp `-inf` and gradients of 0.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, an option is unknown, or `T` differs from `S` and there is no
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other, or `T` differs from `S` and there is no
             `query_offset`.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
@@ -330,8 +330,8 @@ def range_attention(
         0, log-sum-exp `-inf` and gradients of 0.
 
     Raises:
-        TypeError: An argument has a dtype that is not supported.
-        ValueError: Shapes do not fit each other, or an option is unknown.
+        TypeError: An argument has a dtype that is not supported, or an option is unknown.
+        ValueError: Shapes do not fit each other.
         NotImplementedError: The chosen implementation cannot do this, or "triton" finds no GPU.
 
     Examples:

@@ -175,6 +175,16 @@ def mask(index: Indices) -> Bool[Array, "B N T S"]:
 
     Returns:
         True where a query attends to a key; axes as in `SparseIndex.mask`.
+
+    Raises:
+        TypeError: Something else was given.
+        ValueError: The list is empty.
+
+    Examples:
+        >>> import scfa_jax
+        >>> indices = scfa_jax.window_index(4, 4, window=1, num_sinks=1)
+        >>> scfa_jax.index.mask(indices)[0, 0].astype(int).tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
     """
     parts = as_list(index)
     return _signed_sum([part.sign for part in parts], align_heads(*(part.mask() for part in parts)), jnp.int32) > 0
@@ -188,6 +198,17 @@ def is_disjoint(index: Indices) -> Bool[Array, ""]:
 
     Returns:
         Whether no pair is in more than one of them, each with its sign.
+
+    Raises:
+        TypeError: Something else was given.
+        ValueError: The list is empty.
+
+    Examples:
+        >>> import scfa_jax
+        >>> near, sinks = scfa_jax.window_index(64, 64, window=8, num_sinks=4)
+        >>> all_earlier = scfa_jax.causal_index(64, 64)
+        >>> [bool(scfa_jax.index.is_disjoint(x)) for x in ([near, sinks], [near, all_earlier])]
+        [True, False]
     """
     # Sharded axes stay as they are: what is inside has no types for them.
     (faults,) = _partitioning.split(_count_faults, ["b.."], [_partitioning.SUMMED])(as_list(index))
@@ -217,6 +238,15 @@ def pairs(index: Indices) -> Float[Array, "B N"]:
 
     Returns:
         float32; axes as in `SparseIndex.pairs`.
+
+    Raises:
+        TypeError: Something else was given.
+        ValueError: The list is empty.
+
+    Examples:
+        >>> import scfa_jax
+        >>> scfa_jax.index.pairs(scfa_jax.window_index(4, 4, window=1, num_sinks=1)).tolist()
+        [[7.0]]
     """
     parts = as_list(index)
     return _signed_sum([part.sign for part in parts], align_heads(*(part.pairs() for part in parts)), jnp.float32)

@@ -155,28 +155,25 @@ def empty_softmax(block_q: int, head_dim: int) -> Softmax:
 
 
 def add_scores(
-    peak: jax.Array, total: jax.Array, scores: jax.Array, mask: jax.Array | None, factor: float
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Takes the scores of a tile into a running softmax, all but its weighted sum of values.
+    peak: jax.Array, scores: jax.Array, mask: jax.Array | None, factor: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes the scores of a tile into a running softmax, all but its sums.
 
     Args:
         peak: As in `Softmax`.
-        total: As in `Softmax`.
         scores: float32 `[block_q, block_k]`.
         mask: bool `[block_q, block_k]`, or None where every pair is allowed.
         factor: Positive factor of the scores, in units of log2.
 
     Returns:
-        The new peak and total, the weights `[block_q, block_k]`, and what to multiply earlier sums by, `[block_q]`.
+        The new peak, the weights `[block_q, block_k]`, and what to multiply earlier sums by, `[block_q]`.
     """
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
     # Rows without a key so far have a peak of -inf; any finite stand-in gives them weights of 0.
     shift = (new_peak if mask is None else jnp.where(new_peak == -jnp.inf, 0.0, new_peak)) * factor
-    weights = jnp.exp2(scores * factor - shift[:, None])
-    decay = jnp.exp2(peak * factor - shift)
-    return new_peak, total * decay + jnp.sum(weights, axis=1), weights, decay
+    return new_peak, jnp.exp2(scores * factor - shift[:, None]), jnp.exp2(peak * factor - shift)
 
 
 def add_keys(
@@ -203,9 +200,10 @@ def add_keys(
         The new state.
     """
     scores = logits.scores(dot(query, key.T))
-    peak, total, weights, decay = add_scores(softmax.peak, softmax.total, scores, mask, logits.factor)
+    peak, weights, decay = add_scores(softmax.peak, scores, mask, logits.factor)
+    # In this order: Triton schedules the sum of weights behind the product, which may be up to a fifth faster.
     acc = softmax.acc * decay[:, None] + dot(weights.astype(value.dtype), value)
-    return Softmax(acc, peak, total)
+    return Softmax(acc, peak, softmax.total * decay + jnp.sum(weights, axis=1))
 
 
 def finish(softmax: Softmax, logits: Logits) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -69,11 +70,16 @@ KINDS = [
     *(None, Hash(4), Hash(4, by=LearnedRotations()), Hash(4, by=KMeans(), local_window=4), Drop(0.5), Window(5, 2)),
     *(Longformer(4, 8), BigBird(4, 2, 1, 4), Strided(4), Fixed(8, 2), SparseK(4, 4)),
 ]
-STRICT = {
-    "ranks": lambda: jax.numpy_rank_promotion("raise"),
-    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-    "64 bits": lambda: jax.enable_x64(True),
-}
+
+
+@contextlib.contextmanager
+def strict_promotion():
+    """JAX's own test case sets the first by default; the second is stricter than any default."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+STRICT = {"strict promotion": strict_promotion, "64 bits": lambda: jax.enable_x64(True)}
 
 
 def arrays(dtype, name: str = "hash, promise") -> list[jax.Array]:
@@ -133,8 +139,8 @@ def test_layers_train_evaluate_and_decode(kind, mode):
     assert {x.dtype for x in outputs} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("name", ["hash, promise", "hash, rounds", "bigbird"])
-def test_64_bits_change_no_result(name, implementation):
+@pytest.mark.parametrize("name", ["hash, rounds", "bigbird"])
+def test_64_bits_change_no_result(name):
     given = arrays(jnp.float32, name)
     before = operator_of(name)(*given)
     with jax.enable_x64(True):
@@ -143,8 +149,8 @@ def test_64_bits_change_no_result(name, implementation):
     np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["hash, promise", "hash, rounds", "keep", "range"])
-def test_empty_rows_are_no_infinities_to_be_warned_of(name, implementation):
+@pytest.mark.parametrize("name", ["hash, promise", "hash, rounds", "range"])
+def test_empty_rows_are_no_infinities_to_be_warned_of(name):
     """Outside of jit `jax_debug_infs` looks at every result, the log-sum-exp of an empty row among them."""
     attend = functools.partial(operator_of(name))
     given = arrays(jnp.float32, name)

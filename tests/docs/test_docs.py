@@ -19,7 +19,7 @@ from scfa_jax import kmeans, layers, patterns, rotary, sharding, sparsek
 
 ROOT = Path(__file__).parents[2]
 NOTES = ROOT / "benchmarks" / "NOTES.md"
-GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 each_guide = pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 each_page = pytest.mark.parametrize("path", [*GUIDES, NOTES], ids=lambda path: path.name)
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -34,9 +34,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "drop, shared unit keys": ("drop", UNIT_QUERIES),
     "hash, own unit keys": ("hash", {"share_query_key": False}),
     "grouped hash, shared raw keys": ("hash", {"num_key_value_heads": 2, "normalize_key": False}),
-    "capped dense with sinks": ("dense", CAP_AND_SINKS),
     "grouped hash with a cap and sinks": ("hash", {"num_key_value_heads": 2, **CAP_AND_SINKS}),
-    "drop with a cap": ("drop", {"logits_soft_cap": 0.3}),
     "grouped drop with sinks": ("drop", {"num_key_value_heads": 2, "use_sink_logits": True}),
 }
 

@@ -24,6 +24,7 @@ from flax import nnx
 from benchmarks import results, timing
 from benchmarks.training import configuration
 from models import Transformer
+from models.config import DType
 from scfa_jax.layers import bucket_order
 
 VOCAB_SIZE = 256
@@ -46,7 +47,7 @@ class Options:
     """Sequences side by side."""
     samples: int = 5
     """Measurements of each, whose median counts."""
-    dtype: str | None = None
+    dtype: DType | None = None
     """Of the computation; by default bfloat16 on a GPU and float32 elsewhere."""
     out: Path = Path("benchmarks/results")
     """Folder of decoding.json."""
@@ -84,7 +85,7 @@ def measure(options: Options, kind: str, length: int) -> dict[str, Any]:
     Raises:
         ValueError: The kind is impossible, or cannot decode.
     """
-    dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    dtype: DType = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     attention, _, reads = kind.partition("/")
     config = configuration(options.preset, attention, dtype)
     if not config.can_decode():

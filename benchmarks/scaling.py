@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from benchmarks import results
 from benchmarks.run import RESULTS
 from benchmarks.training import configuration
+from models.config import DType
 from train.config import OptimizerConfig
 from train.data import Batch
 from train.mesh import axis_sizes, lower_step, make_mesh, place_rows, shardings
@@ -60,7 +61,7 @@ class Options:
     """What is not compiled by then, or cannot be, is left out, and the results say so."""
     seconds: float = 420.0
     """No round begins after so many seconds in all."""
-    dtype: str | None = None
+    dtype: DType | None = None
     """Of the computation; by default bfloat16 on a GPU and float32 elsewhere."""
     out: Path | None = None
     """Folder of results and plot; by default benchmarks/results/DEVICE."""
@@ -96,7 +97,7 @@ def cases(options: Options, devices: int) -> list[Case]:
     return list(found)
 
 
-def measure(options: Options, dtype: str) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(options: Options, dtype: DType) -> tuple[list[dict[str, Any]], list[str]]:
     """Times all cases.
 
     Args:
@@ -242,7 +243,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Times all cases, writes scaling.json and scaling.png, and prints a table."""
     options = tyro.cli(Options, description=__doc__)
-    dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    dtype: DType = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     rows, left_out = measure(options, dtype)
     folder = options.out or RESULTS / results.device_slug()
     record = {

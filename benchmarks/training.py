@@ -25,6 +25,7 @@ import tyro
 from benchmarks import results
 from benchmarks.run import RESULTS
 from models import ModelConfig
+from models.config import DType
 from models.kinds import parse
 from models.presets import preset
 from train.config import DataConfig, OptimizerConfig
@@ -59,7 +60,7 @@ class Options:
     """Folder of results and plot; by default benchmarks/results/DEVICE."""
 
 
-def configuration(name: str, kind: str, dtype: str) -> ModelConfig:
+def configuration(name: str, kind: str, dtype: DType) -> ModelConfig:
     """The model of a kind.
 
     Args:
@@ -82,7 +83,7 @@ def bound_of(kind: str) -> str:
     return BOUNDS[first.kind.shares_query_key if first.share_query_key is None else first.share_query_key]
 
 
-def measure(options: Options, length: int, batches: list[Batch], vocab_size: int, dtype: str) -> dict[str, Any]:
+def measure(options: Options, length: int, batches: list[Batch], vocab_size: int, dtype: DType) -> dict[str, Any]:
     """Times the steps of all kinds at one length.
 
     Args:

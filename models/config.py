@@ -12,6 +12,7 @@ from models.kinds import LayerKind, parse
 from scfa_jax.layers import Kind, Layout
 
 Remat = Literal["none", "full", "save_attention"]
+DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ModelConfig:
     """How the model knows where a token stands."""
     vocab_multiple: int = 1
     """The embedding gets rows that stand for no token, until their number is a multiple of this."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """What it computes in (parameters are always float32); auto: float32 on a CPU, bfloat16 elsewhere."""
     remat: Remat = "none"
     """What to compute again in the backward pass, for less memory and more time: nothing, each block, or each

@@ -1,7 +1,7 @@
 # `make train` and `make test` need python3, make and git, and set up all the rest in .venv.
 #
 #   make train ARGS="--attention dense --steps 200"
-#   make test  ARGS="tests/test_models.py -k causal"
+#   make test  ARGS="tests/test_attention.py -k causal"
 #   make lint, make format, make clean
 #   PYTHON=python3.12 make test      another interpreter
 

@@ -6,6 +6,7 @@ for `help()` and notebooks.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -99,9 +100,6 @@ def split(options: CausalAttentionOptions | RangeAttentionOptions) -> tuple[Posi
     """Parts the options of an operator: what its index takes, and what `sparse_attention` does."""
     of_index = {name: x for name, x in options.items() if name in PositionOptions.__annotations__}
     of_attention = {name: x for name, x in options.items() if name in AttentionOptions.__annotations__}
-    if unknown := options.keys() - of_index.keys() - of_attention.keys():
-        known = ", ".join({**PositionOptions.__annotations__, **AttentionOptions.__annotations__})
-        raise TypeError(f"{min(unknown)} is no option. The options are {known}.")
     return cast(PositionOptions, of_index), cast(AttentionOptions, of_attention)
 
 
@@ -111,7 +109,10 @@ def with_offset(options: PositionOptions, query_offset: Any) -> PositionOptions:
 
 
 def documented(function: Function) -> Function:
-    """Spells out the `**options` of a function in its docstring and signature, from the class that they unpack."""
+    """Spells out the `**options` of a function in its docstring and signature, from the class that they unpack.
+
+    Unknown options raise a `TypeError` that lists the right ones.
+    """
     signature = inspect.signature(function)
     *parameters, options = signature.parameters.values()
     names = globals()[re.split(r"[\[\].]", options.annotation)[-2]].__annotations__
@@ -122,8 +123,16 @@ def documented(function: Function) -> Function:
         default = {"precision": "float32", "return_residual": False}.get(name)
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
+    known = {parameter.name: None for parameter in parameters}
+
+    @functools.wraps(function)
+    def checked(*arguments, **keywords):
+        if unknown := keywords.keys() - known:
+            raise TypeError(f"{min(unknown)} is no option of {function.__name__}. It takes {', '.join(known)}.")
+        return function(*arguments, **keywords)
+
+    checked.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]
 
 
 _DOCUMENTED = (ImplementationOption, SegmentOptions, PositionOptions, AttentionOptions)

@@ -195,3 +195,9 @@ def test_the_wheel_ships_the_package_with_its_types_and_nothing_else(tmp_path):
     sources = {str(path.relative_to(root)) for path in (root / "scfa_jax").rglob("*.py")}
     assert "scfa_jax/py.typed" in names
     assert {name for name in names if ".dist-info/" not in name} == sources | {"scfa_jax/py.typed"}
+
+
+@pytest.mark.parametrize("name", ["sparse_attention", "range_attention", "window_index", "sparsek_attention"])
+def test_an_unknown_option_is_answered_with_the_right_ones(name):
+    with pytest.raises(TypeError, match=rf"mask is no option of {name}. It takes .*implementation"):
+        getattr(scfa_jax, name)(mask=None)

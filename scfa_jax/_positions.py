@@ -299,6 +299,18 @@ def _ranges_between(
     return last_up_to(first - 1) + 1, last_up_to(last)
 
 
+def both_segments(
+    query_segment_ids: jax.Array | None, key_segment_ids: jax.Array | None, query_length: int, key_length: int
+) -> tuple[jax.Array, jax.Array]:
+    """The checked segments of queries and keys, int32 `[B or 1, L]`."""
+    _check_both_given(query_segment_ids, key_segment_ids, query_length, key_length)
+    assert query_segment_ids is not None
+    of_query = _checked_segments("query_segment_ids", query_segment_ids, query_length)
+    if key_segment_ids is None:
+        return of_query, of_query
+    return of_query, _checked_segments("key_segment_ids", key_segment_ids, key_length)
+
+
 def _check_both_given(
     query_segment_ids: jax.Array | None, key_segment_ids: jax.Array | None, query_length: int, key_length: int
 ) -> None:
@@ -342,8 +354,12 @@ def _side(name: str, segment_ids: jax.Array, length: int) -> _Side:
 
 def _segments(name: str, segment_ids: jax.Array, length: int) -> jax.Array:
     """Checked ids as `[B, 1, L]` with their sign bit flipped: padding comes after all segments."""
+    return jnp.bitwise_xor(_checked_segments(name, segment_ids, length)[:, None], _SIGN_BIT)
+
+
+def _checked_segments(name: str, segment_ids: jax.Array, length: int) -> jax.Array:
+    """Checked ids as int32 `[B or 1, L]`."""
     _checks.integers(name, segment_ids)
     if segment_ids.ndim not in (1, 2) or segment_ids.shape[-1] != length:
         raise ValueError(f"{name} must be [B, {length}] or [{length}], got shape {segment_ids.shape}.")
-    segment_ids = jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))[:, None]
-    return jnp.bitwise_xor(segment_ids, _SIGN_BIT)
+    return jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))

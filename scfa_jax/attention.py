@@ -357,8 +357,12 @@ def _checked_indices(given: Any, query_shape: tuple[int, ...], key_shape: tuple[
     """The indices, which fit the arrays."""
     indices = index.as_list(given)
     for part in indices:
-        for side, array, shape in (("query", part.low, query_shape), ("key", part.key_code, key_shape)):
-            batch, heads, rows = array.shape
+        sides = (
+            ("query", part.low, query_shape, part.query_length),
+            ("key", part.key_code, key_shape, part.key_length),
+        )
+        for side, array, shape, rows in sides:
+            batch, heads, _ = array.shape
             if rows != shape[1]:
                 raise ValueError(f"{side} has {shape[1]} rows, but the index was built for {rows}.")
             if batch not in (1, shape[0]):
@@ -478,15 +482,20 @@ def _gradients(choice: Choice, call: Call, query, key, value, sink_logits, indic
 
 def _forward(backend: Backend, call: Call, query, key, value, sink_logits, indices):
     """The output, and the log-sum-exp `[B, N, T]`."""
-    if len(indices) == 1 and sink_logits is None:
+    if len(indices) == 1 and indices[0].slots == 1 and sink_logits is None:
         return backend.forward(call, Inputs(query, key, value, indices[0]), call.output_dtype)
-    float32 = jnp.dtype(jnp.float32)
-    parts = [backend.forward(call, Inputs(query, key, value, part), float32) for part in indices]
-    outputs, logsumexps = zip(*parts, strict=True)
+    outputs, logsumexps, signs = [], [], []
+    for part in indices:
+        # Many slots move many bytes: their results are rounded once more than those of other indices.
+        dtype = call.output_dtype if part.slots > 1 else jnp.dtype(jnp.float32)
+        output, logsumexp = backend.forward(call, Inputs(query, key, value, part), dtype)
+        outputs += _of_slots(output, part.slots, axis=1)
+        logsumexps += _of_slots(logsumexp.swapaxes(1, 2), part.slots, axis=1)
+        signs += [part.sign] * part.slots
     output, logsumexp = merged(
         outputs,
-        [x.swapaxes(1, 2) for x in logsumexps],
-        [index.sign for index in indices],
+        logsumexps,
+        signs,
         no_key=NO_KEY,
         sink_logits=None if sink_logits is None else sink_logits[None, None, :],
     )
@@ -507,7 +516,10 @@ def _backward(backend: Backend, call: Call, query, key, value, sink_logits, indi
     gradients: Any = None
     for part in indices:
         residuals = Residuals(logsumexp, delta, output_gradient)
-        of_part = backend.backward(call, Inputs(query, key, value, part), residuals, dtype)
+        dq, *of_keys = backend.backward(call, Inputs(query, key, value, part), residuals, dtype)
+        if part.slots > 1:
+            dq = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in _of_slots(dq, part.slots, axis=1)))
+        of_part = [dq, *of_keys]
         signed = of_part if part.sign == 1 else [-x for x in of_part]
         gradients = signed if gradients is None else [x + y for x, y in zip(gradients, signed, strict=True)]
     sinks = jnp.zeros(query.shape[2], jnp.float32)
@@ -515,3 +527,11 @@ def _backward(backend: Backend, call: Call, query, key, value, sink_logits, indi
         weights = jnp.exp(sink_logits[None, :, None] - logsumexp)  # 0 without keys
         sinks = -jnp.sum(weights * delta, axis=(0, 2))
     return *(x.astype(query.dtype) for x in gradients), sinks
+
+
+def _of_slots(x: jax.Array, slots: int, axis: int) -> list[jax.Array]:
+    """The rows of each slot, of an axis that holds all slots of a query side by side."""
+    if slots == 1:
+        return [x]
+    x = x.reshape(*x.shape[:axis], -1, slots, *x.shape[axis + 1 :])
+    return [jax.lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(slots)]

@@ -36,14 +36,16 @@ class SparseIndex:
     Attributes:
         key_order: int32 `[B, K, S]`, the original row of each key in code order; None if it is the identity.
         key_code: int32 `[B, K, S]`, ascending.
-        query_order: int32 `[B, N, T]`, the original row of each query as tiled; None if it is the identity.
-        low: int32 `[B, N, T]`, the first code that each query (in query order) attends to; ascending.
-        high: int32 `[B, N, T]`, the last code, inclusive.
+        query_order: int32 `[B, N, T * slots]`, the original row of each query as tiled; None if it is the identity.
+            With several slots it is `row * slots + slot`.
+        low: int32 `[B, N, T * slots]`, the first code that each query (in query order) attends to; ascending.
+        high: int32 `[B, N, T * slots]`, the last code, inclusive.
         ascending: Whether `high` ascends too, so that the ends of a tile bound all of it. Static.
         all_met: Whether every key that no query attends to is known to have the code `NEVER`. Static.
         density: Share of the causal pairs that are allowed, roughly: a hint for the choice of tile sizes. Static.
         sign: 1, or -1 if these pairs are to be taken away from those of the other indices in a list, each of which
             must be in one more of them. Several rounds of hashing make such lists. Static.
+        slots: How many ranges each query has, no two of which overlap. Static.
 
     Examples:
         >>> import numpy as np, scfa_jax
@@ -65,11 +67,12 @@ class SparseIndex:
     all_met: bool = dataclasses.field(default=False, metadata={"static": True})
     density: float = dataclasses.field(default=0.1, metadata={"static": True})
     sign: Literal[1, -1] = dataclasses.field(default=1, metadata={"static": True})
+    slots: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def query_length(self) -> int:
         """Number of queries `T`."""
-        return self.low.shape[-1]
+        return self.low.shape[-1] // self.slots
 
     @property
     def key_length(self) -> int:
@@ -90,8 +93,7 @@ class SparseIndex:
             the index has them.
         """
         low, high, code = _original_ranges(self)
-        low, high, code = low[..., None], high[..., None], code[..., None, :]
-        return (low <= code) & (code <= high)
+        return _meets(low[..., None, :], high[..., None, :], code[..., None, :, None])
 
     @jax.jit
     def pairs(self) -> Float[Array, "B N"]:
@@ -119,7 +121,7 @@ class SparseIndex:
 
         Returns:
             Numbers for each batch element and head that the index tells apart: int32 `tiles` visited, `full` ones
-            that need no mask, `edge` ones that do, `total` tiles of the dense matrix, and float32 `pairs` allowed.
+            that need no mask, `edge` ones that do, `total` tiles of all ranges and keys, and float32 `pairs` allowed.
 
         Examples:
             >>> import numpy as np, scfa_jax
@@ -132,7 +134,7 @@ class SparseIndex:
         start, full_start, full_stop, stop = (bounds[..., i] for i in range(4))
         visited = (stop - start).sum(-1)
         full = (full_stop - full_start).sum(-1)
-        total = _bounds.num_tiles(self.query_length, block_q) * _bounds.num_tiles(self.key_length, block_k)
+        total = _bounds.num_tiles(self.low.shape[-1], block_q) * _bounds.num_tiles(self.key_length, block_k)
         return {
             "tiles": visited,
             "full": full,
@@ -221,12 +223,12 @@ def _count_faults(indices: Sequence[SparseIndex]) -> tuple[jax.Array]:
 
     def of_query(t: jax.Array) -> jax.Array:
         masks = align_heads(
-            *((low[..., t, None] <= code) & (code <= high[..., t, None]) for _, (low, high, code) in parts)
+            *(_meets(low[..., t, None, :], high[..., t, None, :], code[..., None]) for _, (low, high, code) in parts)
         )
         total = _signed_sum([sign for sign, _ in parts], masks, jnp.int32)
         return jnp.any((total != 0) & (total != 1))
 
-    query_length = parts[0][1][0].shape[-1]
+    query_length = indices[0].query_length
     return (jnp.sum(jax.lax.map(of_query, jnp.arange(query_length), batch_size=64), dtype=jnp.int32),)
 
 
@@ -261,9 +263,15 @@ def _signed_sum(signs: Sequence[int], arrays: Sequence[jax.Array], dtype: jax.ty
 
 
 def _original_ranges(index: SparseIndex) -> tuple[jax.Array, ...]:
-    """First and last codes of queries and the codes of keys, as the rows stood: int32 `[B, N, L]`, as many heads."""
+    """Of rows as they stood, first and last codes `[B, N, T, slots]` and codes of keys `[B, N, S]`, as many heads."""
     low, high = (_original(x, index.query_order) for x in (index.low, index.high))
+    low, high = (x.reshape(*x.shape[:2], index.query_length, index.slots) for x in (low, high))
     return align_heads(low, high, _original(index.key_code, index.key_order))
+
+
+def _meets(low: jax.Array, high: jax.Array, code: jax.Array) -> jax.Array:
+    """Whether a code lies in any of the ranges along the last axis."""
+    return jnp.any((low <= code) & (code <= high), axis=-1)
 
 
 def _original(x: jax.Array, order: jax.Array | None) -> jax.Array:

@@ -279,6 +279,53 @@ def window_attention(
     return _finish(query, key, value, mask, **segments, **options)
 
 
+def moba_attention(
+    query, key, value, *, block_size, top_k, num_local=1, share_in_group=False, query_offset=None, **options
+):
+    """Dense `scfa_jax.moba_attention`: scores all blocks of every query."""
+    offset = _offset(query, key, query_offset)
+    ids = [options.get(name) for name in ("query_segment_ids", "key_segment_ids")]
+    ids[1] = ids[0] if ids[1] is None else ids[1]
+    mask = moba_mask(query, key, block_size, top_k, num_local, share_in_group, offset, *ids)
+    return _finish(query, key, value, mask, **options)
+
+
+def moba_mask(
+    query, key, block_size, top_k, num_local, share_in_group, query_offset, query_segment_ids, key_segment_ids
+):
+    """The own blocks and the best ones before them, as in `scfa_jax.moba_attention`: bool `[B, N or K, T, S]`."""
+    if query.ndim == 3:
+        query, key = query[None], key[None]
+    (batch, query_length, heads, head_dim), (_, key_length, key_heads, _) = query.shape, key.shape
+    dtype = at_least_float32(query.dtype)
+    ids = [
+        jnp.zeros((1, length), jnp.int32) if x is None else jnp.atleast_2d(x)
+        for x, length in ((query_segment_ids, query_length), (key_segment_ids, key_length))
+    ]
+    number = jnp.arange(key_length) // block_size
+    last_of_block = jnp.minimum(number * block_size + block_size, key_length) - 1
+    counts = ids[1] == ids[1][:, last_of_block]  # [B, S]: those of the segment that the block's last key is of
+    own = (jnp.asarray(query_offset).reshape(-1, 1) + jnp.arange(query_length)) // block_size
+    total = jax.nn.one_hot(number, -(-key_length // block_size), dtype=dtype) * counts[..., None]  # [B, S, M]
+    key = jnp.where(counts[..., None, None], key, 0).astype(dtype)
+    total = jnp.broadcast_to(total, (batch, *total.shape[1:]))
+    means = jnp.einsum("bsm,bskh->bmkh", total, key, precision="highest")
+    means = means / jnp.maximum(total.sum(axis=1), 1)[..., None, None]
+    grouped = query.astype(dtype).reshape(batch, query_length, key_heads, -1, head_dim)
+    scores = jnp.einsum("btkgh,bmkh->bkgtm", grouped, means, precision="highest")
+    scores = scores.sum(axis=2) if share_in_group else scores.reshape(batch, heads, query_length, -1)
+    block = jnp.arange(scores.shape[-1])
+    of_block = ids[1][:, jnp.minimum(block * block_size + block_size, key_length) - 1]
+    may = (block <= own[..., None] - num_local) & (block < key_length // block_size)
+    may = may & (ids[0][..., None] == of_block[:, None]) & (ids[0] >= 0)[..., None]
+    scores = jnp.where(may[:, None] & (scores > -jnp.inf), scores, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+    chosen = (rank < top_k - 1) & (scores > -jnp.inf)
+    local = (block <= own[..., None]) & (block > own[..., None] - num_local)
+    seen = (chosen | local[:, None])[..., number]
+    return seen & causal_mask(query_length, key_length, query_offset)
+
+
 def sparsek_gates(scores, k, *, where=None):
     """Dense `scfa_jax.sparsek.sparsek_gates`: the sum of gates, written out for every threshold where it has a kink."""
     scores = scores.astype(at_least_float32(scores.dtype))

@@ -93,6 +93,9 @@ class Densely:
     def range_finder(self):
         return None
 
+    def block_chooser(self, head_dim, k):
+        return None
+
     def _logits(self, call, inputs):
         query, key, value, index = inputs
         group = query.shape[2] // key.shape[2]

@@ -38,7 +38,7 @@ def sorted_codes(*sides: jax.Array, num_buckets: int, implementation: Implementa
     def sort(ids):
         ids = jnp.clip(ids, 0, num_buckets - 1)  # so that a broken promise stays within memory
         backend = backends.for_small_kernels(implementation)
-        return (_on_cuda(backend.sorter(num_buckets) if backend else None, by_comparison, ids),)
+        return (on_cuda(backend.sorter(num_buckets) if backend else None, by_comparison, ids),)
 
     return tuple(codes for (codes,) in _sorted(sort, 1, sides))
 
@@ -75,9 +75,11 @@ def kept_first(keep: jax.Array, implementation: Implementation) -> tuple[jax.Arr
     return jnp.where(kept, packed, packed - length), kept
 
 
-def sorted_ranges(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both `[B, N, L]` in ascending order of `start`, and where each stood."""
-    sort = lambda *ranges: jax.lax.sort((*ranges, iota_like(ranges[0])), num_keys=1)
+def sorted_ranges(
+    start: jax.Array, stop: jax.Array, *, by_both: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both `[B, N, L]` in ascending order of `start`, or of `start` and `stop`, and where each stood."""
+    sort = lambda *ranges: jax.lax.sort((*ranges, iota_like(ranges[0])), num_keys=2 if by_both else 1)
     return remat.named_index(_partitioning.split(sort, ["bh.", "bh."], ["bh."] * 3)(start, stop))
 
 
@@ -106,7 +108,7 @@ def key_ranges(
 
     def find(*operands):
         backend = backends.for_small_kernels(implementation)
-        return _on_cuda(backend.range_finder() if backend else None, plain_key_ranges, *operands)
+        return on_cuda(backend.range_finder() if backend else None, plain_key_ranges, *operands)
 
     operands = (query_id, last_position, key_id, key_position)
     return remat.named_index(_partitioning.split(find, ["bh."] * 4, ["bh."] * 2)(*operands))
@@ -144,7 +146,7 @@ def iota_like(x: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
 
 
-def _on_cuda(kernel: Callable | None, plain: Callable, *operands: jax.Array):
+def on_cuda(kernel: Callable | None, plain: Callable, *operands: jax.Array):
     """Runs a kernel, if there is one, where the code is compiled for CUDA, and plain JAX elsewhere."""
     if kernel is None or operands[0].size == 0:
         return plain(*operands)

@@ -155,15 +155,16 @@ class Backend(Protocol):
         """Says why it cannot compute a call; None if it can."""
 
     def forward(self, call: Call, inputs: Inputs, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """The output `[B, T, N, V]` in a dtype, and the natural log-sum-exp, float32 `[B, N, T]`.
+        """The output `[B, T * slots, N, V]` in a dtype, and the natural log-sum-exp, float32 `[B, N, T * slots]`.
 
-        The log-sum-exp of a query without keys is `tile.NO_KEY`.
+        Each slot of a query, as the index has them, has results of its own. The log-sum-exp of one without keys is
+        `tile.NO_KEY`.
         """
 
     def backward(
         self, call: Call, inputs: Inputs, residuals: Residuals, dtype: jnp.dtype
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gradients of query, key and value, in a dtype."""
+        """Gradients of the slots of queries `[B, T * slots, N, H]`, of key and of value, in a dtype."""
 
     def decode(
         self, call: Call, query: jax.Array, key: jax.Array, value: jax.Array, run: Run
@@ -178,3 +179,6 @@ class Backend(Protocol):
 
     def range_finder(self) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
         """A kernel that does what `ordering.plain_key_ranges` does, if there is one."""
+
+    def block_chooser(self, head_dim: int, k: int) -> Callable[..., jax.Array] | None:
+        """A kernel that does what `_selection.plain_best_blocks` does, if there is one for `k` blocks of such heads."""

@@ -1,5 +1,6 @@
 """Patterns: functions that return an index, or several whose pairs make the pattern together."""
 
+from scfa_jax.patterns.blocks import block_index as block_index
 from scfa_jax.patterns.causal import causal_index as causal_index
 from scfa_jax.patterns.causal import range_index as range_index
 from scfa_jax.patterns.causal import window_index as window_index

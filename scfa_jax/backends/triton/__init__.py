@@ -9,6 +9,7 @@ from scfa_jax.backends.protocol import Call
 from scfa_jax.backends.triton import _compat
 
 MAX_BUCKETS = 256  # for sorting by counting
+MAX_CHOSEN = 64  # blocks that a query may choose, which a program keeps in registers
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,10 @@ class Triton:
         from scfa_jax.backends.triton import order
 
         return functools.partial(order.key_ranges, interpret=self.interpret)
+
+    def block_chooser(self, head_dim, k):
+        if k > MAX_CHOSEN or head_dim % 8 or not 16 <= head_dim <= 128:
+            return None
+        from scfa_jax.backends.triton import best_blocks
+
+        return functools.partial(best_blocks.best_blocks, interpret=self.interpret)

@@ -35,7 +35,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `Backend.backward`, or in Pallas's interpreter."""
     (query, key, value, index), (logsumexp, delta, output_gradient) = inputs, residuals
-    batch, query_length, num_heads, _ = query.shape
+    (batch, _, num_heads, head_dim), num_rows = query.shape, index.low.shape[2]
     key_length, key_heads = key.shape[1:3]
     _, dq_block, dkv_block = tile_sizes.for_call(call, index)
     code = marks.marked_codes(index, key.shape[2], interpret=interpret)
@@ -46,7 +46,7 @@ def backward(
     def run(kernel, block: TritonTile, grid, vectors, arrays, vectors_out, arrays_out, name):
         results = (*vectors_out, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays_out))
         return _compat.triton_call(
-            functools.partial(kernel, call=call, block=block, in_triton=not interpret),
+            functools.partial(kernel, call=call, block=block, slots=index.slots, in_triton=not interpret),
             num_warps=block.num_warps,
             num_stages=block.num_stages,
             interpret=interpret,
@@ -66,11 +66,11 @@ def backward(
     *in_order, dq = run(
         _dq_kernel,
         dq_block,
-        (num_tiles(query_length, dq_block.block_q), num_heads),
+        (num_tiles(num_rows, dq_block.block_q), num_heads),
         (key_bounds(dq_block.block_q, dq_block.block_k), logsumexp, delta),
         (query, key, value, output_gradient),
-        () if index.query_order is None else (logsumexp, delta),
-        (query,),
+        () if index.query_order is None else (jax.ShapeDtypeStruct((batch, num_heads, num_rows), jnp.float32),) * 2,
+        (jax.ShapeDtypeStruct((batch, num_rows, num_heads, head_dim), dtype),),
         "scfa_dq",
     )
     # Only where the ranges do not ascend may a walk over tiles of queries pass some that it does not meet.
@@ -88,11 +88,11 @@ def backward(
     return dq, dk, dv
 
 
-def _dq_kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
+def _dq_kernel(*refs, call: Call, block: TritonTile, slots: int, in_triton: bool):
     index = IndexRefs(*refs[:5])
     bounds_ref, logsumexp_ref, delta_ref, query_ref, key_ref, value_ref, output_gradient_ref = refs[5:12]
     *in_order_refs, dq_ref = refs[12:]
-    queries = QueryTile(index, bounds_ref, query_ref, key_ref, block.block_q, block.block_k)
+    queries = QueryTile(index, slots, bounds_ref, query_ref, key_ref, block.block_q, block.block_k)
     rows, head = queries.rows, queries.head
     query = rows.load(query_ref, head, call.head_dim)
     output_gradient = rows.load(output_gradient_ref, head, call.value_dim)
@@ -117,13 +117,13 @@ def _dq_kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
     rows.store(dq_ref, head, call.head_dim, jnp.where(has_key, dq * call.logits.scale, 0.0))
 
 
-def _dkv_kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
+def _dkv_kernel(*refs, call: Call, block: TritonTile, slots: int, in_triton: bool):
     index = IndexRefs(*refs[:5])
     bounds_ref, met_ref, logsumexp_ref, delta_ref = refs[5:9]
     query_ref, key_ref, value_ref, output_gradient_ref, dk_ref, dv_ref = refs[9:]
     # The first tiles of keys are seen by the most queries where ranges are causal: they start first.
     key_tile, key_head = pl.program_id(0), pl.program_id(1)
-    (query_length, num_heads, _), (key_length, key_heads, _) = query_ref.shape, key_ref.shape
+    (_, num_heads, _), (key_length, key_heads, _), num_rows = query_ref.shape, key_ref.shape, index.low.shape[1]
     group = num_heads // key_heads
     on_key = shared_entry(key_head * group, num_heads, index.code.shape[0])
     on_key_order = order_entry(index.key_order, key_head * group, num_heads)
@@ -140,7 +140,7 @@ def _dkv_kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
         def visit(query_tile, carry, stretch):
             dk, dv = carry
             is_whole = stretch == "full"
-            queries = Rows(query_tile, block.block_q, query_length, index.query_order, on_query_order, is_whole)
+            queries = Rows(query_tile, block.block_q, num_rows, index.query_order, on_query_order, is_whole, slots)
             logsumexp = queries.load_vector(logsumexp_ref, head, other=tile.NO_KEY)
             delta = queries.load_vector(delta_ref, head, other=0.0)
             mask = has_key = None

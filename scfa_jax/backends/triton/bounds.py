@@ -23,7 +23,7 @@ def key_tile_bounds(index: SparseIndex, block_q: int, block_k: int, *, interpret
     """Does what `_bounds.key_tile_bounds` does."""
     if not index.ascending:  # the greatest end of a tile takes a look at all of its rows
         return _bounds.key_tile_bounds(index.ranges, block_q, block_k)
-    return _call(_key_bounds_kernel, index, index.query_length, block_q, block_k, interpret)
+    return _call(_key_bounds_kernel, index, index.low.shape[2], block_q, block_k, interpret)
 
 
 def query_tile_bounds(index: SparseIndex, block_q: int, block_k: int, *, interpret: bool) -> jax.Array:

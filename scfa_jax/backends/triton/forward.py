@@ -18,20 +18,20 @@ from scfa_jax.backends.triton.tile_sizes import TritonTile
 def forward(call: Call, inputs: Inputs, dtype: jnp.dtype, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """As `Backend.forward`, or in Pallas's interpreter."""
     query, key, value, index = inputs
-    batch, query_length, num_heads, _ = query.shape
+    (batch, _, num_heads, _), num_rows = query.shape, index.low.shape[2]
     block, _, _ = tile_sizes.for_call(call, index)
     tile_bounds = bounds.key_tile_bounds(index, block.block_q, block.block_k, interpret=interpret)
     code = marks.marked_codes(index, key.shape[2], interpret=interpret)
     index_arrays = (index.low, index.high, code, index.query_order, index.key_order)
-    output = jax.ShapeDtypeStruct((batch, query_length, num_heads, call.value_dim), dtype)
-    logsumexp = jax.ShapeDtypeStruct((batch, num_heads, query_length), jnp.float32)
+    output = jax.ShapeDtypeStruct((batch, num_rows, num_heads, call.value_dim), dtype)
+    logsumexp = jax.ShapeDtypeStruct((batch, num_heads, num_rows), jnp.float32)
     return _compat.triton_call(
-        functools.partial(_kernel, call=call, block=block, in_triton=not interpret),
+        functools.partial(_kernel, call=call, block=block, slots=index.slots, in_triton=not interpret),
         num_warps=block.num_warps,
         num_stages=block.num_stages,
         interpret=interpret,
         # Neighbouring programs share a head, and so its keys in the L2 cache.
-        grid=(num_tiles(query_length, block.block_q), num_heads, batch),
+        grid=(num_tiles(num_rows, block.block_q), num_heads, batch),
         in_specs=[
             *(None if x is None else batch_spec(x.shape, batch, 2) for x in (*index_arrays, tile_bounds)),
             *(padded_head_spec(x.shape, 2) for x in (query, key, value)),
@@ -42,10 +42,10 @@ def forward(call: Call, inputs: Inputs, dtype: jnp.dtype, interpret: bool) -> tu
     )(*index_arrays, tile_bounds, query, key, value)
 
 
-def _kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
+def _kernel(*refs, call: Call, block: TritonTile, slots: int, in_triton: bool):
     index = IndexRefs(*refs[:5])
     bounds_ref, query_ref, key_ref, value_ref, output_ref, logsumexp_ref = refs[5:]
-    queries = QueryTile(index, bounds_ref, query_ref, key_ref, block.block_q, block.block_k)
+    queries = QueryTile(index, slots, bounds_ref, query_ref, key_ref, block.block_q, block.block_k)
     query = call.logits.signed(queries.rows.load(query_ref, queries.head, call.head_dim))
     dot = tile.dot_for(call.dtype, call.precision, in_triton=in_triton)
 
@@ -59,4 +59,4 @@ def _kernel(*refs, call: Call, block: TritonTile, in_triton: bool):
     softmax = tile.walk(queries.bounds, visit, tile.empty_softmax(block.block_q, value_ref.shape[-1]))
     output, logsumexp = tile.finish(softmax, call.logits)
     queries.rows.store(output_ref, queries.head, call.value_dim, output)
-    queries.rows.store_original_vector(logsumexp_ref, queries.head, logsumexp)
+    queries.rows.store_slot_vector(logsumexp_ref, queries.head, logsumexp)

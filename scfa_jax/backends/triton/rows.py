@@ -24,17 +24,26 @@ class Rows:
     Attributes:
         sorted: Slice of the rows in sorted order, for codes, ranges and the like.
         original: int32 `[block]`, the rows in the original arrays; read from `order_ref` unless its entry is None.
+        slot: int32 `[block]`, the same, but for rows that have several slots, whose number in all this is.
         valid: bool `[block]`, False past the end, or None where the tile is known to be whole.
     """
 
     def __init__(
-        self, tile: jax.Array, block: int, length: int, order_ref, entry: jax.Array | None, is_whole: bool = False
+        self,
+        tile: jax.Array,
+        block: int,
+        length: int,
+        order_ref,
+        entry: jax.Array | None,
+        is_whole: bool = False,
+        slots: int = 1,
     ):
         self.sorted = pl.ds(tile * block, block)
         self._rows = rows = tile * block + jnp.arange(block, dtype=jnp.int32)
         self.valid = None if is_whole or length % block == 0 else rows < length
         # Rows past the end stay out of bounds, so that not even a masked store can touch a real one.
-        self.original = rows if entry is None else self.load_vector(order_ref, entry, other=length)
+        self.slot = rows if entry is None else self.load_vector(order_ref, entry, other=length)
+        self.original = self.slot if slots == 1 else jax.lax.div(self.slot, np.int32(slots))
 
     def load_vector(self, ref, head: jax.Array, other) -> jax.Array:
         """Loads `[block]` of `ref[head]`, which is in sorted order, with `other` past the end."""
@@ -48,27 +57,28 @@ class Rows:
         """Loads `[block, padded H]` of `ref[:, head]`, with 0 past the ends and in rows where `where` is False."""
         keep = self.valid if where is None else where if self.valid is None else where & self.valid
         mask = self._mask(ref, head_dim, keep)
-        at = self._at(ref, head)
+        at = self._at(ref, head, self.original)
         return plgpu.load(at) if mask is None else plgpu.load(at, mask=mask, other=0.0)
 
     def store(self, ref, head: jax.Array, head_dim: int, x: jax.Array) -> None:
-        """Stores `[block, padded H]` to `ref[:, head]`."""
-        plgpu.store(self._at(ref, head), x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
+        """Stores `[block, padded H]` to `ref[:, head]`, which has a row for each slot."""
+        at = self._at(ref, head, self.slot)
+        plgpu.store(at, x.astype(ref.dtype), mask=self._mask(ref, head_dim, self.valid))
 
     def store_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
         """Stores `[block]` to `ref[head]`, which is in sorted order."""
         plgpu.store(ref.at[head, self._rows], x, mask=self.valid)
 
-    def store_original_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
-        """Stores `[block]` to `ref[head]`, which is in original order."""
-        plgpu.store(ref.at[head, self.original], x, mask=self.valid)
+    def store_slot_vector(self, ref, head: jax.Array, x: jax.Array) -> None:
+        """Stores `[block]` to `ref[head]`, which has the slots in original order."""
+        plgpu.store(ref.at[head, self.slot], x, mask=self.valid)
 
     def _load_vector(self, at, other) -> jax.Array:
         return plgpu.load(at) if self.valid is None else plgpu.load(at, mask=self.valid, other=other)
 
-    def _at(self, ref, head: jax.Array):
+    def _at(self, ref, head: jax.Array, rows: jax.Array):
         # All integers, never a slice: the interpreter takes no mixture, and no constant slice under x64.
-        return ref.at[self.original[:, None], head, jnp.arange(ref.shape[-1], dtype=jnp.int32)[None, :]]
+        return ref.at[rows[:, None], head, jnp.arange(ref.shape[-1], dtype=jnp.int32)[None, :]]
 
     def _mask(self, ref, head_dim: int, keep: jax.Array | None) -> jax.Array | None:
         width = ref.shape[-1]
@@ -81,7 +91,7 @@ class Rows:
 class IndexRefs(NamedTuple):
     """What kernels read of an index; an order is None where it is the identity."""
 
-    low: Any  # int32 [N or fewer, T]
+    low: Any  # int32 [N or fewer, T * slots]
     high: Any
     code: Any  # int32 [K or fewer, S], of `marks.marked_codes`
     query_order: Any
@@ -100,17 +110,17 @@ class QueryTile:
         bounds: Of the walk over tiles of keys.
     """
 
-    def __init__(self, index: IndexRefs, bounds_ref, query_ref, key_ref, block_q: int, block_k: int):
+    def __init__(self, index: IndexRefs, slots: int, bounds_ref, query_ref, key_ref, block_q: int, block_k: int):
         # The last tiles see the most keys where ranges are causal: start with them.
         tile, self.head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
-        (query_length, num_heads, _), (self._key_length, key_heads, _) = query_ref.shape, key_ref.shape
+        (_, num_heads, _), (self._key_length, key_heads, _) = query_ref.shape, key_ref.shape
         entry = functools.partial(shared_entry, self.head, num_heads)
         self.key_head = entry(key_heads)
         self._index, self._block_k = index, block_k
         self._on_key, on_query = entry(index.code.shape[0]), entry(index.low.shape[0])
         self._on_key_order = order_entry(index.key_order, self.head, num_heads)
         on_query_order = order_entry(index.query_order, self.head, num_heads)
-        self.rows = Rows(tile, block_q, query_length, index.query_order, on_query_order)
+        self.rows = Rows(tile, block_q, index.low.shape[1], index.query_order, on_query_order, slots=slots)
         self.low = self.rows.load_vector(index.low, on_query, other=NEVER)
         self.high = self.rows.load_vector(index.high, on_query, other=-1)
         self.bounds = load_bounds(bounds_ref, entry(bounds_ref.shape[0]), tile)

@@ -71,7 +71,7 @@ def for_call(call: Call, index: SparseIndex) -> tuple[TritonTile, TritonTile, Tr
     if blocks is None:
         head_dim = max(call.head_dim, call.value_dim)
         blocks = tuned(head_dim, call.dtype, index.density, _compat.gpu_kind())
-        blocks = blocks.fit(index.query_length, index.key_length)
+        blocks = blocks.fit(index.low.shape[2], index.key_length)
     forward, dq, dkv = (
         tile if isinstance(tile, TritonTile) else TritonTile(tile.block_q, tile.block_k)
         for tile in (blocks.forward, blocks.dq, blocks.dkv)

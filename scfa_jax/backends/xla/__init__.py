@@ -36,3 +36,6 @@ class Xla:
 
     def range_finder(self):
         return None
+
+    def block_chooser(self, head_dim, k):
+        return None

@@ -120,11 +120,12 @@ class _Head:
     Attributes:
         key_order: int32 `[S]` or None.
         code: int32 `[padded S]`.
-        query_order: int32 `[T]` or None.
+        query_order: int32 `[T * slots]` or None.
         low: int32 `[query tiles, block_q]`.
         high: int32 `[query tiles, block_q]`.
         bounds: int32 `[query tiles, 4]`.
-        query_length: `T`.
+        num_rows: `T * slots`.
+        slots: Of a query.
         key_length: `S`.
         block: Of its tiles.
     """
@@ -135,7 +136,8 @@ class _Head:
     low: jax.Array
     high: jax.Array
     bounds: jax.Array
-    query_length: int
+    num_rows: int
+    slots: int
     key_length: int
     block: TileShape
 
@@ -153,14 +155,18 @@ class _Head:
             low=_tiles(entry(index.low), block.block_q, NEVER),
             high=_tiles(entry(index.high), block.block_q, -1),
             bounds=entry(bounds),
-            query_length=index.query_length,
+            num_rows=index.low.shape[2],
+            slots=index.slots,
             key_length=index.key_length,
             block=block,
         )
 
     def query_tiles(self, x: jax.Array, fill: float = 0) -> jax.Array:
-        """Sorts the rows of `[T, ...]` and cuts them into tiles, with `fill` past the end."""
-        return _tiles(x if self.query_order is None else x[self.query_order], self.block.block_q, fill)
+        """Sorts the rows of `[T, ...]`, one for each slot, and cuts them into tiles, with `fill` past the end."""
+        rows = self.query_order
+        if rows is not None and self.slots > 1:
+            rows = jax.lax.div(rows, jnp.int32(self.slots))
+        return _tiles(x if rows is None else x[rows], self.block.block_q, fill)
 
     def sorted_keys(self, x: jax.Array) -> jax.Array:
         """Sorts the rows of `[S, H]` and pads them with zeros."""
@@ -183,8 +189,8 @@ class _Head:
         return mask, None if mask is None else mask.any(axis=0)
 
     def original_queries(self, tiles: jax.Array) -> jax.Array:
-        """Undoes `query_tiles`."""
-        return _unsorted(tiles.reshape(-1, *tiles.shape[2:])[: self.query_length], self.query_order)
+        """Undoes `query_tiles`, but for what each slot has of its own."""
+        return _unsorted(tiles.reshape(-1, *tiles.shape[2:])[: self.num_rows], self.query_order)
 
     def original_keys(self, x: jax.Array) -> jax.Array:
         """Undoes `sorted_keys`."""

@@ -89,6 +89,12 @@ def operator(case: Case) -> Attend:
     if case.pattern == "window":
         attend = functools.partial(_plain, scfa_jax.causal_attention, **chosen)
         return lambda query, key, value, window: attend(query, key, value, window=window)
+    if case.pattern == "moba":
+        sizes = {"block_size": int(case.parameter), "top_k": case.chosen + 1}
+        return functools.partial(_plain, scfa_jax.moba_attention, **sizes, **chosen)
+    if case.pattern == "blocks":
+        attend = functools.partial(_plain, scfa_jax.sparse_attention, **chosen)
+        return lambda query, key, value, blocks: attend(query, key, value, index(case)(blocks))
     return functools.partial(_plain, scfa_jax.causal_attention, **chosen)
 
 
@@ -102,10 +108,12 @@ def index(case: Case) -> Callable[..., scfa_jax.SparseIndex]:
         return scfa_jax.keep_index
     if case.pattern == "window":
         return lambda window: scfa_jax.causal_index(case.length, case.length, window=window)
+    if case.pattern in ("moba", "blocks"):
+        return lambda blocks: scfa_jax.block_index(blocks, int(case.parameter))
     return lambda: scfa_jax.causal_index(case.length, case.length)
 
 
-def _plain(function: Callable[..., Any], *args: jax.Array, **options: Any) -> jax.Array:
+def _plain(function: Callable[..., Any], *args: Any, **options: Any) -> jax.Array:
     output = function(*args, **options)
     assert isinstance(output, jax.Array)
     return output

@@ -11,7 +11,7 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward + backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
 
-Pattern = Literal["causal", "hash", "keep", "window"]
+Pattern = Literal["causal", "hash", "keep", "window", "moba", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Case:
         pattern: Which operator.
         length: Queries, and keys.
         batch: Batch size.
-        heads: Heads, of queries and of keys.
+        heads: Heads of queries.
         head_dim: Width of a head.
-        parameter: Buckets, the probability of being kept, or the width of the window.
+        key_heads: Heads of keys, where they are fewer.
+        parameter: Buckets, the probability of being kept, the width of the window, or the size of a block.
+        chosen: Blocks that a query chooses beside its own: by MoBA, or drawn beforehand for a group of heads (blocks).
         zipf: Exponent of the skewed sizes of buckets; 0 is uniform.
         promise: Whether `num_buckets` is given.
         shared: Whether the keys' ids are those of the queries (`key_hash=None`).
@@ -72,7 +74,9 @@ class Case:
     batch: int = 1
     heads: int = 12
     head_dim: int = 64
+    key_heads: int | None = None
     parameter: float = 0
+    chosen: int = 0
     zipf: float = 0
     promise: bool = True
     shared: bool = False
@@ -84,8 +88,13 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of query, key and value."""
+        """Shape of the query."""
         return self.batch, self.length, self.heads, self.head_dim
+
+    @property
+    def key_shape(self) -> tuple[int, int, int, int]:
+        """Shape of key and value."""
+        return self.batch, self.length, self.key_heads or self.heads, self.head_dim
 
     @property
     def label(self) -> str:
@@ -95,12 +104,16 @@ class Case:
             "hash": f"{self.parameter:g} buckets",
             "keep": f"{self.parameter:g} kept",
             "window": f"window of {self.parameter:,g}",
+            "moba": f"MoBA, {self.chosen} blocks of {self.parameter:g} and the own",
+            "blocks": f"{self.chosen} blocks of {self.parameter:g} and the own, given",
         }[self.pattern]
         details = [f"Zipf {self.zipf:g}"] if self.zipf else []
         if self.pattern == "hash" and not self.promise:
             details.append("no promise")
         if self.shared:
             details.append("key_hash=None")
+        if self.key_heads:
+            details.append(f"{self.key_heads} key heads")
         return text + (f" ({', '.join(details)})" if details else "")
 
     def as_json(self) -> dict[str, Any]:

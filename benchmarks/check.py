@@ -33,6 +33,7 @@ class _Side(NamedTuple):
     id: jax.Array
     low: jax.Array
     high: jax.Array
+    blocks: jax.Array | None  # the own one too; None for all
 
 
 class _Keys(NamedTuple):
@@ -42,6 +43,7 @@ class _Keys(NamedTuple):
     value: jax.Array
     id: jax.Array
     position: jax.Array
+    block: jax.Array
 
 
 def spot_check(inputs: Inputs, results: Sequence[jax.Array], *, scale: float | None = None) -> dict[str, Any]:
@@ -72,22 +74,40 @@ def spot_check(inputs: Inputs, results: Sequence[jax.Array], *, scale: float | N
 
 def _reference(inputs: Inputs, b: int, n: int, rows, columns, scale: float, *, with_keys: bool):
     """Pairs of (reference, length of a row's terms), for the output, dq, dk and dv at the sampled rows."""
-    pattern = inputs.pattern
-    length = inputs.query.shape[1]
-    queries = _Side(
-        *(x[b, :, n].astype(jnp.float32) for x in (inputs.query, inputs.cotangent)),
-        *(jnp.asarray(x) for x in (pattern.query_id[b, :, n], pattern.low, pattern.high)),
-    )
+    length, heads = inputs.query.shape[1:3]
+    group = heads // inputs.key.shape[2]
     keys = _Keys(
-        inputs.key[b, :, n].astype(jnp.float32),
-        inputs.value[b, :, n].astype(jnp.float32),
-        jnp.asarray(pattern.key_id[b, :, n]),
+        inputs.key[b, :, n // group].astype(jnp.float32),
+        inputs.value[b, :, n // group].astype(jnp.float32),
+        jnp.asarray(inputs.pattern.key_id[b, :, n]),
         jnp.arange(length, dtype=jnp.int32),
+        jnp.arange(length, dtype=jnp.int32) // inputs.pattern.block_size,
     )
+    queries = _queries(inputs, b, n)
     wants = list(_query_rows(jax.tree.map(lambda x: x[rows], queries), keys, scale))
     if with_keys:
-        wants += _key_rows(queries, keys, jax.tree.map(lambda x: x[columns], keys), scale)
+        of_keys: Any = None
+        for head in range(n // group * group, n // group * group + group):
+            sums = _key_rows(_queries(inputs, b, head), keys, jax.tree.map(lambda x: x[columns], keys), scale)
+            of_keys = sums if of_keys is None else jax.tree.map(jnp.add, of_keys, sums)
+        dk, dk_terms, dv, dv_terms = of_keys
+        wants += [(dk, jnp.sqrt(dk_terms)), (dv, jnp.sqrt(dv_terms))]
     return [(np.asarray(want), np.asarray(norm)) for want, norm in wants]
+
+
+def _queries(inputs: Inputs, b: int, n: int) -> _Side:
+    pattern, blocks = inputs.pattern, None
+    if pattern.blocks is not None:
+        own = (pattern.high // pattern.block_size)[:, None]
+        blocks = jnp.asarray(np.concatenate([pattern.blocks[b, :, n], own], axis=1))
+    return _Side(
+        query=inputs.query[b, :, n].astype(jnp.float32),
+        cotangent=inputs.cotangent[b, :, n].astype(jnp.float32),
+        id=jnp.asarray(pattern.query_id[b, :, n]),
+        low=jnp.asarray(pattern.low),
+        high=jnp.asarray(pattern.high),
+        blocks=blocks,
+    )
 
 
 @jax.jit
@@ -105,13 +125,13 @@ def _query_rows(rows: _Side, keys: _Keys, scale):
 
 @jax.jit
 def _key_rows(queries: _Side, keys: _Keys, columns: _Keys, scale):
-    """dk and dv of a few keys, from all queries, block by block."""
+    """dk and dv of a few keys from all queries, tile by tile, each with the squared length of its terms."""
     length = queries.id.shape[0]
     padding = -length % _BLOCK
-    padded = _Side(*(jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in queries))
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))), queries)
     # Rows past the end attend to nothing.
     padded = padded._replace(high=jnp.where(jnp.arange(length + padding) < length, padded.high, -1))
-    blocks = _Side(*(x.reshape(-1, _BLOCK, *x.shape[1:]) for x in padded))
+    tiles = jax.tree.map(lambda x: x.reshape(-1, _BLOCK, *x.shape[1:]), padded)
 
     def add(sums, rows: _Side):
         weights, logsumexp = _weights(rows, keys, scale)
@@ -131,8 +151,8 @@ def _key_rows(queries: _Side, keys: _Keys, columns: _Keys, scale):
 
     shape, count = columns.key.shape, columns.key.shape[:1]
     zeros = tuple(jnp.zeros(s, jnp.float32) for s in (shape, count, shape, count))
-    (dk, dk_terms, dv, dv_terms), _ = jax.lax.scan(add, zeros, blocks)
-    return (dk, jnp.sqrt(dk_terms)), (dv, jnp.sqrt(dv_terms))
+    sums, _ = jax.lax.scan(add, zeros, tiles)
+    return sums
 
 
 def _weights(rows: _Side, keys: _Keys, scale):
@@ -157,6 +177,8 @@ def _typical_gradient(rows: _Side, output, values):
 
 def _mask(rows: _Side, keys: _Keys):
     same = rows.id[:, None] == keys.id[None, :]
+    if rows.blocks is not None:
+        same = same & (rows.blocks[:, :, None] == keys.block).any(axis=1)
     return same & (keys.position >= rows.low[:, None]) & (keys.position <= rows.high[:, None])
 
 

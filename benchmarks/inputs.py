@@ -1,16 +1,19 @@
 """Random inputs of a case, and its pattern in the plainest form: ids and a range of positions for every query.
 
-The pattern is kept on the host and owes nothing to scfa_jax, so that it can be the judge of results.
+The pattern is kept on the host and owes nothing to scfa_jax, so that it can be the judge of results. What MoBA chooses
+is the exception: it is taken from `moba_blocks`, which the tests judge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import scfa_jax
 from benchmarks.cases import Case
 
 
@@ -23,15 +26,23 @@ class PatternData:
         key_id: int32 `[B, T, N]`.
         low: int32 `[T]`.
         high: int32 `[T]`.
+        blocks: int32 `[B, T, N, k]`, where a query attends only to keys in these blocks and in its own; else None.
+        block_size: Keys in a block.
     """
 
     query_id: np.ndarray
     key_id: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    blocks: np.ndarray | None = None
+    block_size: int = 1
 
     def pairs(self) -> int:
         """How many pairs of query and key are allowed, over all heads and the batch."""
+        if self.blocks is not None:
+            own = self.high % self.block_size + 1
+            chosen = sum(len(np.unique(row[row >= 0])) for row in self.blocks.reshape(-1, self.blocks.shape[-1]))
+            return int(own.sum()) * self.query_id.shape[0] * self.query_id.shape[2] + chosen * self.block_size
         return sum(int(np.maximum(stop - start, 0).sum()) for start, stop in self._ranges())
 
     def ranges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -59,9 +70,9 @@ class Inputs:
     """One set of inputs.
 
     Attributes:
-        query: `[B, T, N, H]`, and so are `key`, `value` and `cotangent`.
-        key: See `query`.
-        value: See `query`.
+        query: `[B, T, N, H]`, and so is `cotangent`.
+        key: `[B, T, K, H]`, and so is `value`.
+        value: See `key`.
         cotangent: Of the output.
         extra: The operator's further arguments.
         pattern: What they mean.
@@ -83,7 +94,8 @@ def make_inputs(case: Case, seed: int) -> Inputs:
         seed: Another seed gives another set.
     """
     rng = np.random.default_rng((seed, case.length, int(1000 * case.parameter)))
-    query, key, value, cotangent = _normal(jax.random.key(seed), case.shape, case.dtype)
+    shapes = (case.shape, case.key_shape, case.key_shape, case.shape)
+    query, key, value, cotangent = _normal(jax.random.key(seed), shapes, case.dtype)
     batch, length, heads, _ = case.shape
     tokens = (batch, length, heads)
     position = np.arange(length, dtype=np.int32)
@@ -104,11 +116,36 @@ def make_inputs(case: Case, seed: int) -> Inputs:
         low = position - np.int32(case.parameter) + 1
         extra = (np.array([case.parameter], np.int32),)
         pattern = PatternData(zeros, zeros, low, position)
+    elif case.pattern in ("moba", "blocks"):
+        block_size = int(case.parameter)
+        if case.pattern == "moba":
+            blocks = np.asarray(_moba_blocks(query, key, block_size, case.chosen + 1))
+        else:
+            earlier = position[None, :, None, None] // block_size
+            blocks = _distinct(rng, earlier, (*case.key_shape[:3], case.chosen))
+            extra = (blocks,)
+        blocks = np.repeat(blocks, heads // blocks.shape[2], axis=2)
+        pattern = PatternData(zeros, zeros, low, position, blocks, block_size)
     return Inputs(query, key, value, cotangent, tuple(jnp.asarray(x) for x in extra), pattern)
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
-    return tuple(jax.random.normal(part, shape, dtype) for part in jax.random.split(key, 4))
+_moba_blocks = jax.jit(
+    lambda query, key, block_size, top_k: scfa_jax.moba_blocks(query, key, block_size=block_size, top_k=top_k),
+    static_argnums=(2, 3),
+)
+
+
+def _distinct(rng: np.random.Generator, limit: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Distinct numbers below a limit along the last axis: a first one and equal steps from there; -1 where it ends."""
+    first = rng.integers(0, 1 << 30, (*shape[:3], 1)) % np.maximum(limit, 1)
+    place = np.arange(shape[3])
+    step = np.maximum(limit // shape[3], 1)
+    return np.where(place < limit, (first + place * step) % np.maximum(limit, 1), -1).astype(np.int32)
+
+
+def _normal(key: jax.Array, shapes: Sequence[tuple[int, ...]], dtype: str) -> tuple[jax.Array, ...]:
+    parts = jax.random.split(key, len(shapes))
+    return tuple(jax.random.normal(part, shape, dtype) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _bucket_ids(rng: np.random.Generator, case: Case, tokens: tuple[int, ...]) -> np.ndarray:

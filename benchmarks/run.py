@@ -15,7 +15,7 @@ from benchmarks import phases, report, results, suites, targets
 from benchmarks.cases import Case
 from benchmarks.measure import Meter
 
-SUITES = ("headline", "full", "cpu", "phases")
+SUITES = ("headline", "blocks", "full", "cpu", "phases")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -33,7 +33,7 @@ class Options:
     """What a run measures."""
 
     suite: Annotated[
-        Literal["headline", "full", "cpu", "phases"] | None,
+        Literal["headline", "blocks", "full", "cpu", "phases"] | None,
         help_text("Which cases. By default headline on a GPU, cpu elsewhere."),
     ] = None
     out: Annotated[Path | None, help_text("Folder for results and plots. By default benchmarks/results/DEVICE.")] = None

@@ -23,6 +23,7 @@ from scfa_jax.kmeans import kmeans_hash as kmeans_hash
 from scfa_jax.merge import merge_attention as merge_attention
 from scfa_jax.moba import moba_attention as moba_attention
 from scfa_jax.moba import moba_blocks as moba_blocks
+from scfa_jax.nsa import nsa_attention as nsa_attention
 from scfa_jax.patterns import block_index as block_index
 from scfa_jax.patterns import causal_index as causal_index
 from scfa_jax.patterns import hash_index as hash_index

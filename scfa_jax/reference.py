@@ -326,6 +326,75 @@ def moba_mask(
     return seen & causal_mask(query_length, key_length, query_offset)
 
 
+def nsa_attention(
+    query,
+    compressed,
+    selected,
+    near,
+    gates,
+    *,
+    size,
+    stride,
+    block_size,
+    top_k,
+    window,
+    num_initial=1,
+    num_local=2,
+    compressed_query=None,
+    scale=None,
+    query_offset=None,
+    query_segment_ids=None,
+    key_segment_ids=None,
+):
+    """Dense `scfa_jax.nsa_attention`, with batch axes: weighs all blocks of every query."""
+    compressed_query = query if compressed_query is None else compressed_query
+    lengths, offset = (query.shape[1], selected[0].shape[1]), _offset(query, selected[0], query_offset)
+    segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}
+    of_query, of_key = query_segment_ids, query_segment_ids if key_segment_ids is None else key_segment_ids
+    if of_query is None:
+        of_query, of_key = (jnp.zeros((1, length), jnp.int32) for length in lengths)
+    position = (jnp.asarray(offset).reshape(-1, 1) + jnp.arange(lengths[0]))[..., None]
+    count = compressed[0].shape[1]
+    begin = jnp.arange(count) * stride
+    rows = jnp.atleast_2d(of_key)[:, begin[:, None] + jnp.arange(size)]  # [B, M, size]
+    is_within = (rows == rows[..., :1]).all(-1) & (rows[..., 0] >= 0)
+    seen = (
+        (begin + size <= position + 1)
+        & is_within[:, None]
+        & (jnp.atleast_2d(of_query)[..., None] == rows[:, None, :, 0])
+    )
+    seen = seen[:, None]
+    of_compressed, logsumexp = attention(compressed_query, compressed[0], compressed[1], seen, scale=scale)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    dtype = at_least_float32(query.dtype)
+    group = query.shape[2] // compressed[0].shape[2]
+    products = jnp.einsum(
+        "btnh,bmnh->bntm",
+        compressed_query.astype(dtype),
+        jnp.repeat(compressed[0], group, axis=2).astype(dtype),
+        precision="highest",
+    )
+    logsumexp = jnp.where(logsumexp == -jnp.inf, 0, logsumexp).swapaxes(1, 2)[..., None]
+    weights = jnp.where(seen, jnp.exp(scale * products - logsumexp), 0)
+    start = jnp.arange(-(-lengths[1] // block_size)) * block_size
+    overlap = jnp.minimum(begin[:, None] + size, start + block_size) - jnp.maximum(begin[:, None], start)
+    importance = jnp.einsum("bntm,mj->bntj", weights, jnp.maximum(overlap, 0).astype(dtype) / stride)
+    importance = importance.reshape(query.shape[0], -1, group, lengths[0], start.size).sum(axis=2)
+    own, block = position // block_size, jnp.arange(start.size)
+    may = ((block >= num_initial) & (block <= own - num_local))[:, None] & (importance > 0)
+    rank = jnp.argsort(jnp.argsort(-jnp.where(may, importance, -jnp.inf), axis=-1, stable=True), axis=-1)
+    always = (block < num_initial) | ((block > own - num_local) & (block <= own))
+    chosen = may & (rank < top_k - num_local - num_initial) | always[:, None]
+    mask = chosen[..., jnp.arange(lengths[1]) // block_size] & causal_mask(*lengths, offset)
+    in_window = causal_mask(*lengths, offset) & window_mask(*lengths, window, offset)
+    of_selected, of_window = (
+        _finish(query, key, value, seen, scale=scale, output_dtype=dtype, **segments)
+        for (key, value), seen in ((selected, mask), (near, in_window))
+    )
+    parts = jnp.stack([of_compressed.astype(dtype), of_selected, of_window], axis=-1)
+    return (parts * gates[..., None, :]).sum(-1).astype(query.dtype)
+
+
 def sparsek_gates(scores, k, *, where=None):
     """Dense `scfa_jax.sparsek.sparsek_gates`: the sum of gates, written out for every threshold where it has a kink."""
     scores = scores.astype(at_least_float32(scores.dtype))

@@ -18,6 +18,8 @@ from benchmarks.run import Options, run
 
 TINY = Case("hash", "hash", 48, heads=2, head_dim=16, parameter=3, dtype="float32", implementation="xla")
 KEEP = dataclasses.replace(TINY, name="keep", pattern="keep", parameter=0.5)
+MOBA = dataclasses.replace(TINY, name="moba", pattern="moba", parameter=8, chosen=2)
+BLOCKS = dataclasses.replace(MOBA, name="blocks", pattern="blocks", heads=4, key_heads=2)
 IMPOSSIBLE = dataclasses.replace(TINY, name="impossible", implementation="no such one")
 
 
@@ -130,11 +132,21 @@ def test_allowed_pairs(case):
     np.testing.assert_array_equal((stop - start).sum(-1), mask.sum((1, 2)))
 
 
-@pytest.fixture(scope="module")
-def right():
+@pytest.mark.parametrize("case", [MOBA, BLOCKS])
+def test_allowed_pairs_in_blocks(case):
+    pattern = make_inputs(case, 0).pattern
+    position = np.arange(case.length)
+    chosen = (pattern.blocks[..., None] == position // 8).any(3)  # [B, T, N, S]
+    chosen |= (position[:, None] // 8 == position // 8)[None, :, None]
+    assert pattern.pairs() == (chosen & (position[:, None] >= position)[None, :, None]).sum()
+    assert (pattern.blocks >= 0).sum() == case.heads * 8 * (1 + 4 * 2)  # one block to choose from, then two or more
+
+
+@pytest.fixture(scope="module", params=[TINY, MOBA, BLOCKS], ids=lambda case: case.name)
+def right(request):
     """Inputs with right results: the output, dq, dk and dv."""
-    inputs = make_inputs(TINY, 1)
-    call = calls.ours(TINY)
+    inputs = make_inputs(request.param, 1)
+    call = calls.ours(request.param)
     return inputs, jax.jit(call.function(FORWARD_BACKWARD))(*call.arguments(inputs, FORWARD_BACKWARD))
 
 
@@ -142,10 +154,10 @@ def right():
 def test_the_spot_check_finds_a_planted_error(right, which):
     inputs, arrays = right
     assert check.spot_check(inputs, arrays)["ok"]
-    row = arrays[which][0, 30, 1]
+    row = arrays[which][0, 30, -1]
     for planted in (row * 1.01, row.at[3].set(jnp.nan), row.at[3].set(jnp.inf)):
         wrong = list(arrays)
-        wrong[which] = wrong[which].at[0, 30, 1].set(planted)
+        wrong[which] = wrong[which].at[0, 30, -1].set(planted)
         found = check.spot_check(inputs, wrong)
         assert not found["ok"]
         assert [name for name, error in found["errors"].items() if not error <= found["bound"]] == [check.NAMES[which]]
@@ -154,6 +166,8 @@ def test_the_spot_check_finds_a_planted_error(right, which):
 def test_the_spot_check_wants_zeros_where_there_are_no_keys(right):
     inputs, (output, *_) = right
     pattern = inputs.pattern
+    if pattern.blocks is not None:
+        return  # every query sees itself
     alone = [t for t in range(TINY.length) if pattern.query_id[0, t, 0] not in pattern.key_id[0, : t + 1, 0]]
     assert alone
     assert not check.spot_check(inputs, [output.at[0, alone[0], 0, 0].set(1e-6)])["ok"]
@@ -233,7 +247,7 @@ def test_plots_and_break_even(tmp_path, capsys):
 
 
 def test_suites_are_well_formed():
-    for name in ("headline", "full", "cpu", "phases"):
+    for name in ("headline", "blocks", "full", "cpu", "phases"):
         cases = suites.suite(name)
         assert len({case.name for case in cases}) == len(cases)
     headline = {case.name: case for case in suites.headline()}

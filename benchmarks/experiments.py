@@ -137,6 +137,25 @@ EXPERIMENTS = {
             "window-hash": _with_attention("window(256, num_sinks=4), hash(16)"),
         },
     ),
+    # Blocks that queries choose, beside all pairs, blocks chosen at random, and a window of as many pairs.
+    "blocks-8k": Experiment(
+        "wikipedia_long.jsonl.gz",
+        f"{_LONG_TEXT} {_EVALUATED} --batch-size 4 --seq-len 8192 --steps 2000 --warmup 100",
+        {
+            name: _with_attention(kind)
+            for name, kind in {
+                "dense": "cudnn",
+                "moba-256": "moba(256, top_k=4)",
+                "random-256": "random_blocks(256, top_k=4)",
+                "nsa": "nsa(block_size=64, top_k=8, window=256)",
+                "moba-64": "moba(64, top_k=4)",
+                "window": "window(896)",
+                "random-64": "random_blocks(64, top_k=4)",
+                "moba-256-before-rotary": "moba(256, top_k=4, before_rotary=True)",
+                "oracle-256": "oracle_blocks(256, top_k=4)",
+            }.items()
+        },
+    ),
     # The same time, not the same steps: each decays its learning rate over the steps that took as long in bytes-8k as
     # those of dense.
     "bytes-8k-time": Experiment(

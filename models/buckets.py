@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 
+from models.layers import heads_of_layers
 from models.reformer import Reformer
 from models.transformer import Transformer
-from scfa_jax.layers import Hash, State
-from scfa_jax.nnx import CausalSelfAttention
+from scfa_jax.layers import Hash, Heads, Kind, State
 
 HASHING = (Hash, Reformer)
 
@@ -33,19 +33,11 @@ def hashing_layers(model: Transformer, tokens: jax.Array, *, segment_ids: jax.Ar
     Returns:
         Those of each layer of a kind in `HASHING`, first to last.
     """
-    x, found = model.embed(tokens), []
-    for block, draw in zip(model.blocks, model.draw(tokens.shape[0], tokens.shape[1], None), strict=True):
-        if isinstance(block.attention.layout.kind, HASHING):
-            found.append(_buckets(block.attention, block.norm1(x), draw))
-        x = block(x, draw, segment_ids)
-    return found
+    layers = heads_of_layers(model, tokens, HASHING, segment_ids=segment_ids)
+    return [_buckets(attention.layout.kind, heads, state) for attention, heads, state in layers]
 
 
-def _buckets(attention: CausalSelfAttention, x: jax.Array, draw: State) -> Buckets:
-    layout, kind = attention.layout, attention.layout.kind
-    key = None if layout.share_query_key else attention.key(x)
-    heads = layout.heads(attention.query(x), key, attention.value(x), tokens=x, rotary=attention.rotary)
-    state = {**(draw or attention.draw(*x.shape[:2], deterministic=True)), **attention.own_parameters()}
+def _buckets(kind: Kind, heads: Heads, state: State) -> Buckets:
     if isinstance(kind, Reformer):
         rounds = kind.buckets(heads, state)
         return Buckets(kind, rounds.reshape(-1, *rounds.shape[2:]), None)

@@ -26,9 +26,11 @@ class ModelConfig:
     """Attention of the layers, first to last: kinds with their parameters, repeated over the layers, as in
     "window(512)*5, hash(16)" or dense. The kinds are dense, cudnn (dense by cuDNN's kernels, on a GPU),
     hash(num_buckets, by=rotations | learned | kmeans | permutation, local_window=0), drop(rate), sparsek(num_keys,
-    window), window(window, num_sinks=0), longformer(window, stride), bigbird(window, num_global, num_random),
-    strided(stride), fixed(stride), reformer(num_buckets, num_rounds=1) and identity (no attention: the bound on speed).
-    Every kind also takes share_query_key and normalize_key. A wrong parameter is answered with the right ones."""
+    window), moba(block_size, top_k, num_local=1), window(window, num_sinks=0), longformer(window, stride),
+    bigbird(window, num_global, num_random), strided(stride), fixed(stride), reformer(num_buckets, num_rounds=1),
+    identity (no attention: the bound on speed), and two to compare moba with: random_blocks(block_size, top_k) and
+    oracle_blocks(block_size, top_k). Every kind also takes share_query_key and normalize_key. A wrong parameter is
+    answered with the right ones."""
     layers: int = 4
     """Number of transformer blocks."""
     width: int = 128

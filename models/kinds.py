@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.controls import Cudnn, Identity, Permutation
+from models.controls import Cudnn, Identity, OracleBlocks, Permutation, RandomBlocks
 from models.reformer import Reformer
 from scfa_jax.layers import (
+    NSA,
     BigBird,
     Dense,
     Drop,
@@ -26,6 +27,7 @@ from scfa_jax.layers import (
     KMeans,
     LearnedRotations,
     Longformer,
+    MoBA,
     Rotations,
     SparseK,
     Strided,
@@ -38,6 +40,8 @@ KINDS: dict[str, type[Kind]] = {
     "hash": Hash,
     "drop": Drop,
     "sparsek": SparseK,
+    "moba": MoBA,
+    "nsa": NSA,
     "window": Window,
     "longformer": Longformer,
     "bigbird": BigBird,
@@ -45,6 +49,8 @@ KINDS: dict[str, type[Kind]] = {
     "fixed": Fixed,
     "reformer": Reformer,
     "identity": Identity,
+    "random_blocks": RandomBlocks,
+    "oracle_blocks": OracleBlocks,
 }
 """The kinds of layers by their names on the command line."""
 

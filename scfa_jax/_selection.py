@@ -53,7 +53,7 @@ def best_blocks(
 
     def choose(*operands):
         backend = backends.for_small_kernels(implementation)
-        kernel = backend.block_chooser(query.shape[3], k) if backend else None
+        kernel = backend.block_chooser(query.shape[3], k, "score") if backend else None
         with_options = functools.partial(functools.partial, k=k, share_in_group=share_in_group)
         return (on_cuda(kernel and with_options(kernel), with_options(plain_best_blocks), *operands),)
 
@@ -141,12 +141,14 @@ def most_important_blocks(
     (batch, length, _, _), key_heads = query.shape, compressed_key.shape[2]
     if k == 0 or compressed_key.shape[1] == 0 or query.size == 0:
         return jnp.full((batch, length, key_heads, k), -1, jnp.int32)
-    plain = functools.partial(
-        plain_most_important_blocks, overlap=overlap, first=first, num_blocks=num_blocks, k=k, scale=scale
-    )
 
     def choose(*operands):
-        return (plain(*operands),)
+        backend = backends.for_small_kernels(implementation)
+        kernel = backend.block_chooser(query.shape[3], k, "importance") if backend else None
+        with_options = functools.partial(
+            functools.partial, overlap=overlap, first=first, num_blocks=num_blocks, k=k, scale=scale
+        )
+        return (on_cuda(kernel and with_options(kernel), with_options(plain_most_important_blocks), *operands),)
 
     split = _partitioning.split(choose, ["b.h.", "b.h.", "b.h", "b.", "b.", "b.", "b."], ["b.h."])
     return remat.named_index(split(query, compressed_key, logsumexp, *compressed))[0]

@@ -68,9 +68,13 @@ def moba_blocks(
     query, key = jax.lax.stop_gradient((query, key))
     (_, query_length, *_), (_, key_length, *_) = query.shape, key.shape
     offset = _positions.resolved_offset(options.get("query_offset"), query_length, key_length)
-    position = (_positions.first_position(offset) + iota(query_length))[:, 0]
+    position = _positions.first_position(offset)[:, 0] + iota(query_length)[None]
     own = jnp.floor_divide(position, np.int32(block_size))
     query_segment, key_segment = _segments(query_length, key_length, options)
+    named = {"query_offset": position, "query_segment_ids": query_segment, "key_segment_ids": key_segment}
+    for name, x in named.items():
+        if x.shape[0] not in (1, query.shape[0]):
+            raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, or 1, got {x.shape[0]}.")
     last_of_block = key_segment[:, block_size - 1 :: block_size]
     chosen = _selection.best_blocks(
         query,

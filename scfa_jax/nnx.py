@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError("scfa_jax.nnx needs Flax: pip install 'scfa-jax[flax]'.") from error
 
 from scfa_jax.backends import Implementation
+from scfa_jax.layers import NSA as NSA
 from scfa_jax.layers import BigBird as BigBird
 from scfa_jax.layers import Cache, Dense, Kind, Layout, State
 from scfa_jax.layers import Drop as Drop
@@ -23,6 +24,7 @@ from scfa_jax.layers import Hash as Hash
 from scfa_jax.layers import KMeans as KMeans
 from scfa_jax.layers import LearnedRotations as LearnedRotations
 from scfa_jax.layers import Longformer as Longformer
+from scfa_jax.layers import MoBA as MoBA
 from scfa_jax.layers import Rotations as Rotations
 from scfa_jax.layers import SparseK as SparseK
 from scfa_jax.layers import Strided as Strided

@@ -56,15 +56,20 @@ def num_compressed(length: int, size: int, stride: int) -> int:
 
 @_options.documented
 def compressed_index(
-    query_length: int, key_length: int, *, size: int, stride: int, **options: Unpack[_options.PositionOptions]
+    query_length: int,
+    key_length: int,
+    *,
+    compression_size: int,
+    compression_stride: int,
+    **options: Unpack[_options.PositionOptions],
 ) -> SparseIndex:
     """Every query attends to the compressed keys of the blocks that end at or before its position.
 
     Args:
         query_length: Number of queries `T`.
         key_length: Number of keys `S` before compression.
-        size: Static number of keys in a compression block.
-        stride: Static number of keys from the start of a block to that of the next.
+        compression_size: Static number of keys in a compression block.
+        compression_stride: Static number of keys from the start of a block to that of the next.
         **options: Positions and implementation. Within segments a block counts if all its keys are of one segment.
 
     Returns:
@@ -77,12 +82,13 @@ def compressed_index(
 
     Examples:
         >>> from scfa_jax.nsa import compressed_index
-        >>> compressed_index(7, 7, size=4, stride=2).mask()[0, 0].astype(int).tolist()
+        >>> compressed_index(7, 7, compression_size=4, compression_stride=2).mask()[0, 0].astype(int).tolist()
         [[0, 0], [0, 0], [0, 0], [1, 0], [1, 0], [1, 1], [1, 1]]
     """
-    _check_compression(size, stride)
-    last, (of_query, of_key) = _last_compressed(query_length, key_length, size, stride, options)
-    count = num_compressed(key_length, size, stride)
+    sizes = compression_size, compression_stride
+    _check_compression(*sizes, names=("compression_size", "compression_stride"))
+    last, (of_query, of_key) = _last_compressed(query_length, key_length, *sizes, options)
+    count = num_compressed(key_length, *sizes)
     high = jnp.minimum(last, count - 1)[:, None]
     if of_query is None:
         return SparseIndex(None, iota(count)[None, None], None, jnp.zeros_like(high), high, density=1.0)
@@ -98,8 +104,8 @@ def nsa_blocks(
     logsumexp: Float[Array, "*B T N"],
     key_length: int,
     *,
-    size: int,
-    stride: int,
+    compression_size: int,
+    compression_stride: int,
     block_size: int,
     top_k: int,
     num_initial: int = 1,
@@ -119,9 +125,10 @@ def nsa_blocks(
         compressed_key: Of the dtype of `query`, one for each compression block.
         logsumexp: float32, natural log, of the attention of `query` to `compressed_key`; `-inf` where there is none.
         key_length: Number of keys `S` before compression.
-        size: Static number of keys in a compression block.
-        stride: Static number of keys from the start of a compression block to that of the next.
-        block_size: Static number of keys in a block that is chosen; a multiple of `stride`.
+        compression_size: Static number of keys in a compression block.
+        compression_stride: Static number of keys from the start of a compression block to that of the next.
+        block_size: Static number of keys in a block that is chosen; a multiple of
+            `compression_stride`.
         top_k: Static number of blocks that a query attends to, first and last ones among them.
         num_initial: Static number of first blocks that are chosen always.
         num_local: Static number of last blocks, the query's own among them, that `block_index` adds.
@@ -136,13 +143,15 @@ def nsa_blocks(
         TypeError: An argument has a dtype that is not supported, or a size is no static int.
         ValueError: Shapes do not fit each other, or a size is too small.
     """
-    _check_selection(size, stride, block_size, top_k, num_initial, num_local)
+    sizes = compression_size, compression_stride
+    _check_compression(*sizes, names=("compression_size", "compression_stride"))
+    _check_selection(compression_stride, block_size, top_k, num_initial, num_local)
     has_batch = getattr(query, "ndim", 4) == 4
     query, compressed_key, _ = _checks.attention_arrays(query, compressed_key, compressed_key)
     logsumexp = logsumexp if has_batch else logsumexp[None]
     query, compressed_key, logsumexp = jax.lax.stop_gradient((query, compressed_key, logsumexp))
     query_length = query.shape[1]
-    last, (of_query, of_key) = _last_compressed(query_length, key_length, size, stride, options)
+    last, (of_query, of_key) = _last_compressed(query_length, key_length, *sizes, options)
     offset = _positions.resolved_offset(options.get("query_offset"), query_length, key_length)
     own = jnp.floor_divide((_positions.first_position(offset) + iota(query_length))[:, 0], np.int32(block_size))
     zeros = jnp.zeros((1, 1), jnp.int32)
@@ -156,7 +165,7 @@ def nsa_blocks(
             jnp.broadcast_to(zeros, (1, compressed_key.shape[1])) if of_key is None else of_key,
             own - num_local,
         ),
-        _selection.Overlap(size // stride, block_size // stride),
+        _selection.Overlap(compression_size // compression_stride, block_size // compression_stride),
         first=num_initial,
         num_blocks=-(-key_length // block_size),
         k=top_k - num_local - num_initial,
@@ -176,8 +185,8 @@ def nsa_attention(
     near: tuple[Float[Array, "*B S K H"], Float[Array, "*B S K V"]],
     gates: Float[Array, "*B T N 3"],
     *,
-    size: int,
-    stride: int,
+    compression_size: int,
+    compression_stride: int,
     block_size: int,
     top_k: int,
     window: int,
@@ -198,9 +207,10 @@ def nsa_attention(
         selected: Keys and values of the branch that attends to chosen blocks. `K` must divide `N`.
         near: Keys and values of the window.
         gates: Factors of the three branches, in this order.
-        size: Static number of keys in a compression block.
-        stride: Static number of keys from the start of a compression block to that of the next.
-        block_size: Static number of keys in a block that is chosen; a multiple of `stride`.
+        compression_size: Static number of keys in a compression block.
+        compression_stride: Static number of keys from the start of a compression block to that of the next.
+        block_size: Static number of keys in a block that is chosen; a multiple of
+            `compression_stride`.
         top_k: Static number of blocks that a query attends to, first and last ones among them.
         window: Static number of positions up to its own that a query sees in the window.
         num_initial: Static number of first blocks that are chosen always.
@@ -225,13 +235,13 @@ def nsa_attention(
         >>> query = jax.random.normal(jax.random.key(0), (1, 64, 4, 16))
         >>> key, value = jax.random.normal(jax.random.key(1), (2, 1, 64, 2, 16))
         >>> compressed = tuple(in_compression_blocks(x, size=8, stride=4).mean(axis=2) for x in (key, value))
-        >>> sizes = {"size": 8, "stride": 4, "block_size": 8, "top_k": 4, "window": 16}
+        >>> sizes = {"compression_size": 8, "compression_stride": 4, "block_size": 8, "top_k": 4, "window": 16}
         >>> gates = jnp.full((1, 64, 4, 3), 1 / 3)
         >>> scfa_jax.nsa_attention(query, compressed, (key, value), (key, value), gates, **sizes).shape
         (1, 64, 4, 16)
     """
     lengths = _checks.length("query", query), _checks.length("selected", selected[0])
-    in_blocks = {"size": size, "stride": stride}
+    in_blocks = {"compression_size": compression_size, "compression_stride": compression_stride}
     attend: dict[str, Any] = {"scale": scale, "implementation": options.get("implementation")}
     compressed_query = query if compressed_query is None else compressed_query
     of_compressed: Any = sparse_attention(
@@ -278,18 +288,17 @@ def _last_compressed(
     return last, (of_query, jnp.where(of_block < 0, -2, of_block))
 
 
-def _check_compression(size: int, stride: int) -> None:
-    _checks.static_int("size", size, least=1)
-    _checks.static_int("stride", stride, least=1)
+def _check_compression(size: int, stride: int, names: tuple[str, str] = ("size", "stride")) -> None:
+    for name, value in zip(names, (size, stride), strict=True):
+        _checks.static_int(name, value, least=1)
     if size % stride:
-        raise ValueError(f"stride must divide size, got stride={stride} and size={size}.")
+        raise ValueError(f"{names[1]} must divide {names[0]}, got {stride} and {size}.")
 
 
-def _check_selection(size: int, stride: int, block_size: int, top_k: int, num_initial: int, num_local: int) -> None:
-    _check_compression(size, stride)
+def _check_selection(stride: int, block_size: int, top_k: int, num_initial: int, num_local: int) -> None:
     _checks.static_int("block_size", block_size, least=1)
     _checks.static_int("num_initial", num_initial, least=0)
     _checks.static_int("num_local", num_local, least=1)
     _checks.static_int("top_k", top_k, least=num_initial + num_local)
     if block_size % stride:
-        raise ValueError(f"block_size must be a multiple of stride, got {block_size} and stride={stride}.")
+        raise ValueError(f"block_size must be a multiple of compression_stride, got {block_size} and {stride}.")

@@ -333,8 +333,8 @@ def nsa_attention(
     near,
     gates,
     *,
-    size,
-    stride,
+    compression_size,
+    compression_stride,
     block_size,
     top_k,
     window,
@@ -347,6 +347,7 @@ def nsa_attention(
     key_segment_ids=None,
 ):
     """Dense `scfa_jax.nsa_attention`, with batch axes: weighs all blocks of every query."""
+    size, stride = compression_size, compression_stride
     compressed_query = query if compressed_query is None else compressed_query
     lengths, offset = (query.shape[1], selected[0].shape[1]), _offset(query, selected[0], query_offset)
     segments = {"query_segment_ids": query_segment_ids, "key_segment_ids": key_segment_ids}

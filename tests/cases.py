@@ -98,7 +98,7 @@ keep_mask = jax.jit(reference.keep_mask)
 range_mask = jax.jit(reference.range_mask, static_argnums=2)
 segment_mask = jax.jit(reference.segment_mask)
 
-PATTERNS = ("causal", "hash", "shared_hash", "keep", "range")
+PATTERNS = ("causal", "hash", "shared_hash", "keep", "range", "blocks")
 
 # Few enough that compiled code is met again, odd enough that no length is a multiple of anything.
 SHAPES = (
@@ -199,6 +199,70 @@ def causal_case(rng, shape, dtype, *, offset=0):
     )
 
 
+def blocks_mask(blocks, query_length, key_length, *, block_size, num_local, query_offset=0):
+    """What `block_index` says in words, written down: bool `[B, N, T, S]`; of arrays of numpy or JAX."""
+    key = np.arange(key_length, dtype=np.int32)
+    position = query_offset + np.arange(query_length, dtype=np.int32)[:, None]
+    number, own = key // block_size, position // block_size
+    is_chosen = (blocks.swapaxes(1, 2)[..., None] == number).any(-2)
+    is_local = (number <= own) & (number > own - num_local)
+    return (is_chosen | is_local) & (key <= position)
+
+
+def of_each(query_offset):
+    """An offset as numpy `[B or 1, 1, 1, 1]`, clipped as an index clips it."""
+    return np.clip(np.asarray(query_offset, np.int32), 1 - 2**30, 2**30 - 1).reshape(-1, 1, 1, 1)
+
+
+def blocks_attention(query, key, value, blocks, *, block_size, num_local, **options):
+    """`sparse_attention` over a `block_index`, as an operator."""
+    of_index = {name: options.pop(name) for name in (*POSITIONS, "implementation") if name in options}
+    lengths = {"query_length": query.shape[-3], "key_length": key.shape[-3]}
+    index = scfa_jax.block_index(blocks, block_size, num_local=num_local, **lengths, **of_index)
+    return scfa_jax.sparse_attention(query, key, value, index, implementation=of_index.get("implementation"), **options)
+
+
+def dense_blocks_attention(query, key, value, blocks, *, block_size, num_local, query_offset=0, **options):
+    """The same by its mask, and by that of its segments."""
+    lengths, offset = (query.shape[1], key.shape[1]), jnp.reshape(jnp.asarray(query_offset, jnp.int32), (-1, 1, 1, 1))
+    mask = blocks_mask(blocks, *lengths, block_size=block_size, num_local=num_local, query_offset=offset)
+    ids = [options.pop(f"{side}_segment_ids", None) for side in ("query", "key")]
+    if ids[0] is not None:
+        mask = mask & segment_mask(ids[0], ids[0] if ids[1] is None else ids[1])
+    with_residual = options.pop("return_residual", False)
+    results = reference.attention(query, key, value, mask, **options)
+    return results if with_residual else results[0]
+
+
+POSITIONS = ("query_offset", "query_segment_ids", "key_segment_ids")
+CHOICES = ("any", "one", "none", "twice", "late", "extreme")
+
+
+def chosen_blocks(rng: np.random.Generator, size, kind: str, num_blocks: int):
+    """Numbers of blocks `[B, T, N, k]`, some of which name none, or a block behind the query's own."""
+    if kind == "none":
+        return np.full(size, -1, np.int32)
+    if kind == "one":
+        return np.full(size, num_blocks // 3, np.int32)
+    if kind == "extreme":
+        return rng.choice(np.array([-(2**31), -1, 0, 1, num_blocks, 2**31 - 1], np.int32), size)
+    if kind == "late":  # the last two, which most queries may not see, and what is behind them
+        return rng.integers(num_blocks - 2, num_blocks + 2, size, dtype=np.int32)
+    # "twice": of so few that most are named again.
+    return rng.integers(-1, 3 if kind == "twice" else num_blocks + 1, size, dtype=np.int32)
+
+
+def blocks_case(rng, shape, dtype, *, kind="any", block_size=7, num_local=1, k=3, heads=None, offset=0):
+    query, key, value = arrays(rng, shape, dtype)
+    size = shape.batch, shape.query_length, heads or shape.heads, k
+    blocks = chosen_blocks(rng, size, kind, -(-shape.key_length // block_size))
+    options = {"block_size": block_size, "num_local": num_local}
+    mask = blocks_mask(blocks, shape.query_length, shape.key_length, **options, query_offset=of_each(offset))
+    mask = jnp.asarray(np.repeat(mask, shape.heads // mask.shape[1], axis=1))
+    options |= {"query_offset": offset}
+    return Case(query, key, value, mask, blocks_attention, dense_blocks_attention, (jnp.asarray(blocks),), options)
+
+
 def make_case(pattern: str, rng, shape: Shape, dtype, **options) -> Case:
     """A case of the named pattern; options are those of its maker."""
     if pattern == "shared_hash":
@@ -209,6 +273,7 @@ def make_case(pattern: str, rng, shape: Shape, dtype, **options) -> Case:
         "shared_hash": partial(hash_case, shared=True),
         "keep": keep_case,
         "range": range_case,
+        "blocks": blocks_case,
     }
     return makers[pattern](rng, shape, dtype, **options)
 
@@ -255,6 +320,10 @@ def drawn_cases(draw, pattern: str):
         options["query_density"], options["key_density"] = draw(densities), draw(densities)
     if pattern == "range":
         options["longest"] = draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    if pattern == "blocks":
+        options["kind"] = draw(st.sampled_from(CHOICES))
+        options["num_local"] = 2 if signature.exclude_self else 1
+        options["block_size"] = 16 if signature.promise else 7
     return make_case(pattern, rng, shape, signature.dtype, **options)
 
 
@@ -295,6 +364,14 @@ CHOSEN = {
     ),
     ("range", jnp.float32): (SHAPES[1], [{"longest": 1.0}, {"longest": 0.3}]),
     ("range", jnp.bfloat16): (SHAPES[2], [{"longest": 1.0}, {"longest": 0.1}]),
+    ("blocks", jnp.float32): (
+        SHAPES[1],
+        [{"kind": kind, "num_local": 2, "offset": (27, 3)} for kind in ("any", "one", "twice", "extreme")],
+    ),
+    ("blocks", jnp.bfloat16): (
+        SHAPES[2],
+        [{"kind": kind, "block_size": 16, "offset": 0} for kind in ("any", "late", "none")],
+    ),
 }
 
 

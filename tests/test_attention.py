@@ -130,6 +130,7 @@ STRANDED = {  # of the shapes and options that are compiled above
     ),
     "first of each bucket, self excluded": ("shared_hash", {"kind": "4", "exclude_self": True, "offset": (0, 0)}),
     "queries before all keys": ("causal", {"offset": (-10, -60)}),
+    "no block chosen, and none local": ("blocks", {"kind": "none", "num_local": 2, "offset": (100, -60)}),
     "few buckets in common": ("hash", {"kind": "distinct", "exclude_self": True, "offset": (0, 0)}),
 }
 
@@ -156,7 +157,9 @@ def test_stranded_queries_give_exact_zeros(implementation, name):
 LEAKS = [
     (implementation, pattern, grouped)
     for implementation in IMPLEMENTATIONS
-    for pattern, grouped in (("hash", True), ("hash", False), ("keep", False), ("range", True), ("causal", False))
+    for pattern, grouped in (
+        *(("hash", True), ("hash", False), ("keep", False), ("range", True), ("causal", False), ("blocks", False)),
+    )
     if implementation != INTERPRETER or (pattern, grouped) in (("hash", True), ("keep", False))
 ]
 
@@ -170,6 +173,7 @@ def test_rows_that_take_no_part_do_not_leak(implementation, pattern, grouped):
         "keep": {"query_density": 0.6, "key_density": 0.4},
         "range": {"longest": 0.02},
         "causal": {"offset": -3},
+        "blocks": {"kind": "none", "offset": -3},
     }[pattern]
     case = make_case(pattern, np.random.default_rng(8), shape, jnp.float32, **more)
     mask = np.broadcast_to(case.mask, (1, 2, 60, 70))
@@ -245,13 +249,13 @@ def test_reruns_give_the_same_bits(one_implementation, pattern):
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)], ids=str)
-@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
+@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range", "blocks"])
 def test_empty_sequences(one_implementation, pattern, lengths):
     check_short(pattern, lengths, one_implementation)
 
 
 @pytest.mark.parametrize("lengths", [(1, 9), (9, 1)], ids=str)
-@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
+@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range", "blocks"])
 def test_sequences_of_one(one_implementation, pattern, lengths):
     check_short(pattern, lengths, one_implementation)
 

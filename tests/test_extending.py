@@ -93,7 +93,7 @@ class Densely:
     def range_finder(self):
         return None
 
-    def block_chooser(self, head_dim, k):
+    def block_chooser(self, head_dim, k, by):
         return None
 
     def _logits(self, call, inputs):

@@ -42,6 +42,9 @@ def build(pattern: str, case: Case) -> SparseIndex:
         return scfa_jax.causal_index(query_length, key_length, **case.options)
     if pattern == "range":
         return scfa_jax.range_index(*case.pattern, key_length, **case.options)
+    if pattern == "blocks":
+        lengths = {"query_length": query_length, "key_length": key_length}
+        return scfa_jax.block_index(*case.pattern, **lengths, **case.options)
     builder = scfa_jax.keep_index if pattern == "keep" else scfa_jax.hash_index
     return builder(*case.pattern, **case.options)
 
@@ -66,7 +69,9 @@ def as_mask(index: SparseIndex) -> np.ndarray:
             r = rows if rows.ndim == 1 else rows[b, n]
             c = columns if columns.ndim == 1 else columns[b, n]
             mask[b, n][np.ix_(r, c)] = ordered[b, n]
-    return mask
+    each = mask.reshape(*mask.shape[:2], index.query_length, index.slots, -1).sum(axis=3)
+    assert each.max(initial=0) <= 1  # no pair is in two slots
+    return each > 0
 
 
 def met_keys(index: SparseIndex, key_heads: int) -> np.ndarray:
@@ -118,7 +123,7 @@ def test_stats_count_the_pairs_and_the_tiles(pattern):
     pairs = as_mask(index).sum((2, 3))
     np.testing.assert_array_equal(np.broadcast_to(stats["pairs"], pairs.shape), pairs)
     np.testing.assert_array_equal(stats["tiles"], stats["full"] + stats["edge"])
-    rows, columns = -(-case.query.shape[1] // 16), -(-case.key.shape[1] // 32)
+    rows, columns = -(-case.query.shape[1] * index.slots // 16), -(-case.key.shape[1] // 32)
     np.testing.assert_array_equal(stats["total"], rows * columns)
     assert (stats["tiles"] <= stats["total"]).all()
 
@@ -163,7 +168,7 @@ def test_the_kernel_finds_the_ranges_that_plain_search_finds(heads):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("pattern", ["hash", "shared_hash", "range"])
+@pytest.mark.parametrize("pattern", ["hash", "shared_hash", "range", "blocks"])
 @settings(max_examples=examples(10))
 @given(data=st.data())
 def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data):

@@ -23,6 +23,7 @@ from scfa_jax.layers import (
     KMeans,
     LearnedRotations,
     Longformer,
+    MoBA,
     SparseK,
     Strided,
     Window,
@@ -43,6 +44,15 @@ OPERATORS = {
     "hash, rounds": (scfa_jax.hash_sparse_attention, (HASH, HASH[..., ::2]), {}),
     "keep": (scfa_jax.qk_sparse_attention, (HASH[0] > 1, HASH[1][..., ::2] > 0), {}),
     "range": (scfa_jax.range_attention, (HASH[0], HASH[1] + 10), {}),
+    "moba": (scfa_jax.moba_attention, (), {"block_size": 6, "top_k": 3}),
+    "moba, offsets and segments": (
+        scfa_jax.moba_attention,
+        (),
+        {
+            **{"block_size": 5, "top_k": 3, "num_local": 2, "share_in_group": True},
+            **{"query_offset": np.array([0, 3], np.int32), "query_segment_ids": SEGMENTS},
+        },
+    ),
     "sinks and cap": (
         scfa_jax.causal_attention,
         (),
@@ -64,11 +74,13 @@ LISTS = {
     "longformer": lambda: patterns.longformer_index(GLOBAL, GLOBAL, 4),
     "strided": lambda: patterns.strided_index(LENGTH, LENGTH, 4),
     "fixed": lambda: patterns.fixed_index(LENGTH, LENGTH, 8, 2),
+    "chosen blocks": lambda: scfa_jax.block_index(HASH[..., None].swapaxes(0, -1)[0], 5),
     "window beside buckets": lambda: patterns.local_hash_index(HASH[0], None, 4),
 }
 KINDS = [
     *(None, Hash(4), Hash(4, by=LearnedRotations()), Hash(4, by=KMeans(), local_window=4), Drop(0.5), Window(5, 2)),
     *(Longformer(4, 8), BigBird(4, 2, 1, 4), Strided(4), Fixed(8, 2), SparseK(4, 4)),
+    *(MoBA(6, 3, 2), MoBA(5, 3, share_in_group=True, before_rotary=True)),
 ]
 
 
@@ -139,7 +151,7 @@ def test_layers_train_evaluate_and_decode(kind, mode):
     assert {x.dtype for x in outputs} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("name", ["hash, rounds", "bigbird"])
+@pytest.mark.parametrize("name", ["hash, rounds", "bigbird", "moba"])
 def test_64_bits_change_no_result(name):
     given = arrays(jnp.float32, name)
     before = operator_of(name)(*given)
@@ -149,7 +161,7 @@ def test_64_bits_change_no_result(name):
     np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["hash, promise", "hash, rounds", "range"])
+@pytest.mark.parametrize("name", ["hash, promise", "hash, rounds", "range", "moba, offsets and segments"])
 def test_empty_rows_are_no_infinities_to_be_warned_of(name):
     """Outside of jit `jax_debug_infs` looks at every result, the log-sum-exp of an empty row among them."""
     attend = functools.partial(operator_of(name))

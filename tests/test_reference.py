@@ -22,6 +22,10 @@ def rule(pattern, case):
         return lambda b, n, k, t, s: arrays[0][b, t, n] and arrays[1][b, s, k] and before(b, t, s)
     if pattern == "range":
         return lambda b, n, k, t, s: arrays[0][b, t, n] <= s < arrays[1][b, t, n]
+    if pattern == "blocks":
+        size, num_local = case.options["block_size"], case.options["num_local"]
+        is_local = lambda b, t, s: (offset[b] + t) // size - s // size < num_local
+        return lambda b, n, k, t, s: before(b, t, s) and (s // size in arrays[0][b, t, n] or is_local(b, t, s))
     on_query, on_key = arrays[0], arrays[-1]
     itself = case.options["exclude_self"]
     return lambda b, n, k, t, s: (
@@ -45,6 +49,7 @@ def rule(pattern, case):
         ("keep", {"key_density": 0.2, "offset": 2}),
         ("range", {}),
         ("range", {"longest": 0.0}),
+        ("blocks", {"block_size": 2, "num_local": 2, "offset": 1}),
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ def test_an_index_allows_exactly_the_pattern_within_segments(pattern, data):
         assert (met | (np.broadcast_to(codes, met.shape) == NEVER)).all()
 
 
-@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range"])
+@pytest.mark.parametrize("pattern", ["causal", "hash", "keep", "range", "blocks"])
 @settings(max_examples=examples(8))
 @given(kind=st.sampled_from(SEGMENT_KINDS), seed=st.integers(0, 2**32 - 1))
 def test_results_and_gradients_are_as_exact_as_plain_attention(one_implementation, pattern, kind, seed):
@@ -120,6 +120,10 @@ def test_padding_adds_no_tile(pattern):
     if pattern == "range":  # positions change where rows are taken out
         places = np.searchsorted(keep, np.asarray(whole.pattern))[:, :, keep]
         fewer = tuple(jnp.asarray(x, jnp.int32) for x in places)
+    elif pattern == "blocks":  # of one key each: only so are they blocks without the padded rows
+        whole = replace(whole, options={**whole.options, "block_size": 1})
+        is_kept = np.isin(whole.pattern[0], keep)
+        fewer = (jnp.asarray(np.where(is_kept, np.searchsorted(keep, whole.pattern[0]), -1)[:, keep], jnp.int32),)
     else:
         fewer = tuple(x[:, keep] for x in whole.pattern)
     part = replace(whole, query=whole.query[:, keep], key=whole.key[:, keep], pattern=fewer)
@@ -213,7 +217,8 @@ def test_without_ids_an_index_does_no_more_than_before(pattern):
     arrays = lambda pattern_: jax.tree.leaves(build(pattern, replace(case, pattern=pattern_)))
     visit(jax.make_jaxpr(arrays)(case.pattern).jaxpr)
     sorts = {"causal": 0, "keep": 2}.get(pattern, 1)
-    assert count == {"sort": sorts, "gather": 0, "while": 0}
+    of_rows = int(pattern == "blocks")  # where the row of each slot ends, put into the order of the slots
+    assert count == {"sort": sorts, "gather": of_rows, "while": 0}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,7 @@ def test_without_ids_an_index_does_no_more_than_before(pattern):
         ("shared_hash", {"promise": 4}, BOUNDS + SORT),
         ("keep", {}, BOUNDS + MARKS + 2 * SORT),
         ("range", {}, MARKS + 2 * RANGES),
+        ("blocks", {}, BOUNDS + MARKS + 2 * RANGES),
     ],
     ids=str,
 )

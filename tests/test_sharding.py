@@ -94,6 +94,8 @@ def with_segments(attend):
         (AxisType.Auto, "hash", {}),
         (AxisType.Auto, "hash", {"promise": 4, "shape": POWER_OF_2}),
         (AxisType.Auto, "keep", {}),
+        (AxisType.Auto, "blocks", {"shape": POWER_OF_2, "block_size": 8}),
+        (AxisType.Explicit, "blocks", {"num_local": 2}),
         (AxisType.Explicit, "causal", {}),
         (AxisType.Explicit, "range", {}),
     ],
@@ -114,6 +116,20 @@ def test_each_device_attends_to_its_own_part(kind, pattern, options):
     assert_close(got, dense(case))
     assert not collectives
     assert all(x.sharding.is_equivalent_to(arrays[0].sharding, 4) for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_each_device_chooses_blocks_for_its_own_part(kind):
+    """MoBA in segments, forward and backward."""
+    mesh, case = mesh_of(kind), segmented(case_of("causal"))
+    ids = [case.options[f"{side}_segment_ids"] for side in ("query", "key")]
+    attend = partial(scfa_jax.moba_attention, block_size=6, top_k=3, **HOW)
+    dense = partial(reference.moba_attention, block_size=6, top_k=3)
+    arrays = case.query, case.key, case.value
+    given = *(sharded(mesh, x) for x in arrays), *(sharded(mesh, x, P("data")) for x in ids)
+    got, collectives = run(mesh, gradients(with_segments(attend)), *given)
+    assert_close(got, jax.jit(gradients(with_segments(dense)))(*arrays, *ids))
+    assert not collectives
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

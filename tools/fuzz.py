@@ -24,6 +24,7 @@ OPERATORS = (
     "index",  # `sparse_attention` over an index of a hash
     "indices",  # and over several of all kinds, no two with the same pair
     *("longformer", "strided", "fixed", "local_hash"),  # lists of indices as well, each from one function
+    *("blocks", "moba"),  # blocks that queries choose: given, and by the mean of their keys
     "decode",  # one token in hash mode, which reads its bucket of a cache
 )
 HASHES = ("hash", "promised_hash", "shared_hash", "rounds", "index", "indices", "local_hash", "decode")
@@ -37,6 +38,8 @@ NUM_ROUNDS = 2
 NUM_SINKS = 3
 STRIDE, NUM_SUMMARIES = 7, 2
 LOCAL_WINDOW = 5
+BLOCK_SIZES = {"blocks": 7, "moba": 8}  # so that the means of MoBA are exact
+NUM_CHOSEN, NUM_LOCAL = 3, 2
 NOBODY = 2**30  # the bucket of keys that no query hashes to
 
 # T, S; heads, key heads.
@@ -245,6 +248,8 @@ def _possible(
         head_dims = 40 if head_dims[0] % 8 else head_dims[0], 40 if head_dims[1] % 8 else head_dims[1]
     if operator == "range":
         options["offset"] = "none"
+    if operator == "moba":  # means of whole blocks, which are exact
+        options["segments"] = False
     if operator == "merged":  # each part would have the sinks
         options["sinks"] = False
     if operator not in WINDOWS:
@@ -273,8 +278,14 @@ def draw_case(signature: Signature, number: int) -> Case:
         rng.standard_normal(queries, np.float32),
     )
     pattern = _draw_pattern(rng, signature)
-    mask = dense_mask(signature, pattern)
     junk = (None, math.nan, math.inf)[rng.integers(3)]
+    chosen = {}
+    if signature.operator == "moba":
+        halves = (np.round(2 * x.astype(np.float32)) / 2 for x in arrays[:2])  # scores are exact, and often equal
+        arrays = (*(x.astype(signature.dtype) for x in halves), *arrays[2:])
+        chosen["blocks"] = _best_blocks(signature, arrays[0], arrays[1], pattern)
+        junk = junk and math.nan  # which keeps a block from being chosen, where `inf` would have it chosen
+    mask = dense_mask(signature, pattern | chosen)
     return Case(arrays, pattern, mask, junk, normal(heads, rng.choice([1.0, 8.0])) if signature.sinks else None)
 
 
@@ -308,6 +319,8 @@ def _draw_pattern(rng: np.random.Generator, signature: Signature) -> dict[str, n
             start = np.broadcast_to(np.arange(query_length)[:, None], tokens)
         stop = start + rng.integers(-4, longest + 1, tokens)
         pattern |= {"key_start": start.astype(np.int32), "key_stop": stop.astype(np.int32)}
+    if signature.operator == "blocks":
+        pattern["blocks"] = _draw_blocks(rng, (*tokens, NUM_CHOSEN), -(-key_length // BLOCK_SIZES["blocks"]))
     if signature.operator == "indices":
         _make_disjoint(pattern, int(rng.choice([0, key_length // 3, key_length // 2])))
     if signature.offset in ("one", "each"):
@@ -351,6 +364,38 @@ def _draw_ids(rng: np.random.Generator, size: tuple[int, ...], kind: str) -> np.
     return rng.integers(0, {"few": 3, "many": PROMISE, "apart": PROMISE // 2}[kind], size, dtype=np.int32)
 
 
+def _draw_blocks(rng: np.random.Generator, size: tuple[int, ...], num_blocks: int) -> np.ndarray:
+    """Numbers of blocks, of which some name none."""
+    if rng.random() < 0.2:
+        return rng.choice(_HUGE, size)
+    few = int(rng.choice([1, 3, num_blocks + 2]))  # so that they are named again, or lie behind a query
+    return rng.integers(-1, few, size, dtype=np.int32)
+
+
+def _position(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarray:
+    """The positions of queries, int64 `[B or 1, 1, T, 1]`."""
+    # As documented, arrays are clipped.
+    offset = np.clip(pattern.get("query_offset", signature.static_offset), 1 - 2**30, 2**30 - 1, dtype=np.int64)
+    return offset.reshape(-1, 1, 1, 1) + np.arange(signature.shape[1])[:, None]
+
+
+def _best_blocks(
+    signature: Signature, query: np.ndarray, key: np.ndarray, pattern: dict[str, np.ndarray]
+) -> np.ndarray:
+    """What MoBA chooses, `[B, T, N, NUM_CHOSEN]`."""
+    batch, _, key_length, heads, key_heads, head_dim, _ = signature.shape
+    size = BLOCK_SIZES["moba"]
+    num_blocks = key_length // size
+    query, key = (x.astype(np.float64).swapaxes(1, 2) for x in (query, key))  # [B, N, T, H]
+    means = key[:, :, : num_blocks * size].reshape(batch, key_heads, num_blocks, size, head_dim).mean(axis=3)
+    scores = query @ means.repeat(heads // key_heads, axis=1).swapaxes(2, 3)
+    block = np.arange(num_blocks)
+    is_candidate = np.broadcast_to(block <= _position(signature, pattern) // size - NUM_LOCAL, scores.shape)
+    order = np.argsort(np.where(is_candidate, -scores, np.inf), axis=3, kind="stable")[..., :NUM_CHOSEN]
+    chosen = np.where(np.take_along_axis(is_candidate, order, axis=3), order, -1)
+    return chosen.swapaxes(1, 2).astype(np.int32)
+
+
 def _draw_segments(rng: np.random.Generator, size: tuple[int, int], kind: str) -> np.ndarray:
     if kind in ("one", "padding"):
         return np.full(size, 3 if kind == "one" else -1, np.int32)
@@ -365,10 +410,7 @@ def _draw_segments(rng: np.random.Generator, size: tuple[int, int], kind: str) -
 def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarray:
     """What may be attended to, bool `[B, N, T, S]`."""
     batch, query_length, key_length, heads, *_ = signature.shape
-    key = np.arange(key_length)
-    # As documented, arrays are clipped.
-    offset = np.clip(pattern.get("query_offset", signature.static_offset), 1 - 2**30, 2**30 - 1, dtype=np.int64)
-    position = offset.reshape(-1, 1, 1, 1) + np.arange(query_length)[:, None]
+    key, position = np.arange(key_length), _position(signature, pattern)
 
     def on_query(name: str) -> np.ndarray:  # [..., B or 1, N or 1, T, 1]
         return pattern[name].swapaxes(-1, -2)[..., None]
@@ -400,6 +442,10 @@ def dense_mask(signature: Signature, pattern: dict[str, np.ndarray]) -> np.ndarr
             mask = causal & (near(STRIDE) | ((position - key) % STRIDE == 0))
         case "fixed":
             mask = causal & ((position // STRIDE == key // STRIDE) | (key % STRIDE >= STRIDE - NUM_SUMMARIES))
+        case "blocks" | "moba":
+            number, own = (x // BLOCK_SIZES[signature.operator] for x in (key, position))
+            is_chosen = np.any(pattern["blocks"].swapaxes(1, 2)[..., None] == number, axis=-2)
+            mask = causal & (is_chosen | (number > own - NUM_LOCAL))
         case "local_hash":
             mask = in_bucket | (near(LOCAL_WINDOW) & (key <= position - int(signature.exclude_self)))
         case _:

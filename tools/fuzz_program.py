@@ -17,7 +17,18 @@ import scfa_jax
 from scfa_jax import BlockSizes, SparseIndex, TileShape
 from scfa_jax.layers import bucket_order
 from tools import tolerance
-from tools.fuzz import LOCAL_WINDOW, NUM_SINKS, NUM_SUMMARIES, PROMISE, STRIDE, Case, Signature
+from tools.fuzz import (
+    BLOCK_SIZES,
+    LOCAL_WINDOW,
+    NUM_CHOSEN,
+    NUM_LOCAL,
+    NUM_SINKS,
+    NUM_SUMMARIES,
+    PROMISE,
+    STRIDE,
+    Case,
+    Signature,
+)
 
 Arrays: TypeAlias = dict[str, Any]  # by the names that the operators give them
 Program: TypeAlias = Callable[[Case], tuple[jax.Array, ...]]
@@ -94,6 +105,9 @@ def indices(signature: Signature, named: Arrays) -> SparseIndex | list[SparseInd
             return operators.local_hash_index(*hashes, LOCAL_WINDOW, **exclude_self, **positions)
     window = {name: x for name, x in named.items() if name == "window"}
     lengths = {"query_length": query_length, "key_length": key_length}
+    if signature.operator == "blocks":
+        sizes = {"block_size": BLOCK_SIZES["blocks"], "num_local": NUM_LOCAL}
+        return operators.block_index(named["blocks"], **sizes, **lengths, **positions)
     hashed = operators.hash_index(*hashes, **exclude_self, **window, **lengths, **positions)
     if signature.operator == "index":
         return hashed
@@ -123,6 +137,9 @@ def _attend(signature: Signature, named: Arrays) -> Any:
         case "range":
             segments = _segments(signature, named)
             return operators.range_attention(*qkv, named["key_start"], named["key_stop"], **segments, **attention)
+        case "moba":
+            sizes = {"block_size": BLOCK_SIZES["moba"], "top_k": 1 + NUM_CHOSEN, "num_local": NUM_LOCAL}
+            return operators.moba_attention(*qkv, **sizes, **everything)
         case "merged":
             attend = functools.partial(operators.qk_sparse_attention, *qkv, named["query_keep"], **everything)
             first, keep = named["is_first"], named["key_keep"]
@@ -211,14 +228,14 @@ def _mesh(signature: Signature) -> jax.sharding.Mesh:
     return jax.make_mesh(signature.mesh, ("data", "model"), axis_types=(kind,) * 2, devices=devices)
 
 
-def _first_axis(x: jax.Array | np.ndarray) -> int:
+def _first_axis(name: str, x: jax.Array | np.ndarray) -> int:
     """The axis of the batch, if there is one: behind that of the rounds of a hash."""
-    return 1 if x.ndim == 4 and x.dtype == jnp.int32 else 0
+    return 1 if x.ndim == 4 and name in ("query_hash", "key_hash") else 0
 
 
 def _batch_axis(name: str, x: jax.Array | np.ndarray, batch: int) -> int | None:
     """The axis of the batch, if the array has one of its own for each."""
-    axis = _first_axis(x)
+    axis = _first_axis(name, x)
     return axis if name != "sink_logits" and x.ndim and x.shape[axis] == batch else None
 
 
@@ -228,7 +245,7 @@ def _spec(signature: Signature, name: str, x: jax.Array | np.ndarray) -> Partiti
     batch_axis = _batch_axis(name, x, signature.shape[0])
     if batch_axis is not None:
         names[batch_axis] = "data"
-    head_axis = 0 if name == "sink_logits" else _first_axis(x) + 2
+    head_axis = 0 if name == "sink_logits" else _first_axis(name, x) + 2
     if x.ndim > head_axis and x.shape[head_axis] > 1:
         names[head_axis] = "model"
     return PartitionSpec(*names)

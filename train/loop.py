@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -16,6 +16,8 @@ import tqdm
 from jax.sharding import Mesh
 
 from models.buckets import HASHING
+from scfa_jax.layers.moba import ChosenBlocks
+from train.blocks import recall_step, recalls
 from train.buckets import bucket_sizes, bucket_step
 from train.checkpoint import Checkpoints
 from train.config import Config, DataConfig
@@ -30,13 +32,16 @@ from train.stop import StopRequest
 
 TIME_IS_UP = 1  # no signal that is caught has this number
 
+# What is measured of layers of some kinds at an evaluation: arrays in a step, and what metrics keep of them.
+MEASURES = ((HASHING, bucket_step, bucket_sizes), (ChosenBlocks, recall_step, recalls))
+
 
 class Compiled(NamedTuple):
     """What a run calls, compiled once: other shapes raise instead of compiling again."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measured]]
     eval_step: Callable[[Any, Any, Batch, np.ndarray], jax.Array]
-    bucket_step: Callable[[Any, Any, Batch], Any] | None  # None without a layer that hashes
+    measures: Sequence[Callable[[Any, Any, Batch], dict[str, Any]]]  # those of `MEASURES` that have a layer
 
 
 def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: TrainState) -> Compiled:
@@ -55,27 +60,36 @@ def compile_steps(config: Config, corpus: Corpus, model: LanguageModel, state: T
     evaluation = lower(
         mesh, functools.partial(eval_step, model), state.params, state.fixed, part, weights, out_shardings=outputs
     )
-    buckets = None
-    if any(isinstance(layer.kind, HASHING) for layer in config.model.layer_kinds()):
-        measured = functools.partial(bucket_step, model)
-        lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
-        buckets = lowered.compile(compiler_options=options)
+    measures = []
+    for kinds, step, told in MEASURES:
+        if any(isinstance(layer.kind, kinds) for layer in config.model.layer_kinds()):
+            measured = functools.partial(step, model)
+            lowered = lower(mesh, measured, state.params, state.fixed, part, out_shardings=outputs)
+            measures.append(functools.partial(_told, told, lowered.compile(compiler_options=options)))
     steps = Compiled(
         lower_step(mesh, model, config.optimizer, state, batch).compile(compiler_options=options),
         evaluation.compile(compiler_options=options),
-        buckets,
+        measures,
     )
     return steps if mesh is None else _placing(mesh, steps, batch_size)
 
 
 def _placing(mesh: Mesh, steps: Compiled, batch_size: int) -> Compiled:
     """Steps that take what a process has read: its rows of a training batch, or all of an evaluation's."""
-    train_step, eval_step, bucket_step = steps
+    train_step, eval_step, measures = steps
     return Compiled(
         lambda state, batch: train_step(state, place_rows(mesh, batch, batch_size)),
         lambda params, fixed, *batch: eval_step(params, fixed, *place(mesh, batch)),
-        bucket_step and (lambda params, fixed, batch: bucket_step(params, fixed, place(mesh, batch))),
+        [functools.partial(_placed, mesh, measure) for measure in measures],
     )
+
+
+def _placed(mesh: Mesh, measure: Callable[..., dict[str, Any]], params: Any, fixed: Any, batch: Batch):
+    return measure(params, fixed, place(mesh, batch))
+
+
+def _told(told: Callable[[Any], dict[str, Any]], step: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    return told(step(*arguments))
 
 
 def evaluate(
@@ -129,8 +143,7 @@ def train(
         loss = evaluate(compiled.eval_step, state, corpus, _evaluated(config), run.eval_tokens)
         if not math.isfinite(loss):
             raise NotFiniteError(f"The held-out loss is {loss} at step {step}.")
-        sizes = _bucket_sizes(compiled, state, config, corpus)
-        record = metrics.write(step, {**units.held_out(loss), **sizes})
+        record = metrics.write(step, {**units.held_out(loss), **_measured(compiled, state, config, corpus)})
         bits = f"{units.bits(loss):.3f} bits per {units.name}"
         tqdm.tqdm.write(f"step {step}: held-out {bits}, {record['seconds']:.0f} s")
         return loss
@@ -169,11 +182,13 @@ def train(
     return state, signal.Signals(ended) if ended > TIME_IS_UP else None
 
 
-def _bucket_sizes(compiled: Compiled, state: TrainState, config: Config, corpus: Corpus) -> dict[str, Any]:
-    if compiled.bucket_step is None:
+def _measured(compiled: Compiled, state: TrainState, config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What `MEASURES` tell of the layers, on a held-out batch."""
+    if not compiled.measures:
         return {}
     batch, _ = next(held_out_batches(corpus, _evaluated(config), config.run.eval_tokens))
-    return bucket_sizes(compiled.bucket_step(state.params, state.fixed, batch))
+    of_all = [measure(state.params, state.fixed, batch) for measure in compiled.measures]
+    return {name: value for told in of_all for name, value in told.items()}
 
 
 def _evaluated(config: Config) -> DataConfig:

@@ -54,16 +54,15 @@ def plot_losses(runs: Mapping[str, History], title: str, path: Path) -> None:
 
 
 def plot_speed_and_buckets(runs: Mapping[str, History], tokens_per_step: Mapping[str, int], path: Path) -> None:
-    """Draws the time a step takes, and how even the buckets of layers that hash are, over the steps.
+    """Draws the time a step takes, how even buckets are, and how many of the best blocks are chosen, over the steps.
 
     Args:
         runs: Records of `train.metrics`, by the name of the run.
         tokens_per_step: Of each run.
         path: The PNG to write.
     """
-    figure = new_figure("Step time, and buckets on a held-out batch: means over layers, with their range", 15, 7)
+    figure = new_figure("Step time; buckets and blocks on a held-out batch: means over layers, with their range", 15, 7)
     panels = figure.subplots(2, 3).flat
-    figure.axes[-1].set_visible(False)
     for axes, (name, label) in zip(
         panels,
         {
@@ -72,8 +71,9 @@ def plot_speed_and_buckets(runs: Mapping[str, History], tokens_per_step: Mapping
             "bucket_largest_share": "share of the largest bucket",
             "bucket_pairs": "pairs taken / pairs of dense attention",
             "bucket_coverage": "pairs taken / pairs in buckets",
+            "block_recall": "blocks chosen / blocks with the most attention",
         }.items(),
-        strict=False,
+        strict=True,
     ):
         for number, (run, history) in enumerate(runs.items()):
             steps, values = column(history, name)

@@ -140,7 +140,8 @@ def summary(
         "best_held_out_step": held_out_steps[best],
         "test_bits": tested.get(f"bits_per_{unit}"),
         "density": _density(config, history),
-        "coverage": _coverage(history),
+        "coverage": _least(history, "bucket_coverage"),
+        "recall": _least(history, "block_recall"),
         "tokens_per_second": rate,
         "peak_memory_bytes": max(column(history, "peak_memory_bytes")[1], default=None),
         "model_flop_utilisation": flops * steps[-1] / seconds[-1] / peak / devices if flops and peak else None,
@@ -189,6 +190,7 @@ def table(rows: Sequence[dict[str, Any]], unit: str, target: float | None) -> st
         "seconds_to_target": (f"seconds to {target} bits", "{:,.1f}".format),
         "density": ("pairs / dense", "{:.3f}".format),
         "coverage": ("coverage of buckets", "{:.3f}".format),
+        "recall": ("recall of blocks", "{:.3f}".format),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
         "speed_up": ("speed-up", "{:.2f}x".format),
         "peak_memory_bytes": ("peak memory, GiB", lambda size: f"{size / 2**30:.2f}"),
@@ -230,9 +232,9 @@ def _density(config: Config, history: History) -> float:
     return sum(densities) / len(densities)
 
 
-def _coverage(history: History) -> float | None:
-    """The share of the pairs in a bucket that attention took at the last evaluation: the least of the layers."""
-    return min(_last(history, "bucket_coverage") or [], default=None)
+def _least(history: History, name: str) -> float | None:
+    """What the last evaluation measured of the layers: the least of them."""
+    return min(_last(history, name) or [], default=None)
 
 
 def _last(history: History, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -180,5 +180,10 @@ class Backend(Protocol):
     def range_finder(self) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
         """A kernel that does what `ordering.plain_key_ranges` does, if there is one."""
 
-    def block_chooser(self, head_dim: int, k: int) -> Callable[..., jax.Array] | None:
-        """A kernel that does what `_selection.plain_best_blocks` does, if there is one for `k` blocks of such heads."""
+    def block_chooser(
+        self, head_dim: int, k: int, by: Literal["score", "importance"]
+    ) -> Callable[..., jax.Array] | None:
+        """A kernel that chooses `k` blocks for queries of such heads, if there is one.
+
+        By score it does what `_selection.plain_best_blocks` does, by importance `plain_most_important_blocks`.
+        """

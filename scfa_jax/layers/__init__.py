@@ -14,6 +14,8 @@ from scfa_jax.layers.kind import Layout as Layout
 from scfa_jax.layers.kind import Parameter as Parameter
 from scfa_jax.layers.kind import State as State
 from scfa_jax.layers.kind import normalize as normalize
+from scfa_jax.layers.moba import MoBA as MoBA
+from scfa_jax.layers.nsa import NSA as NSA
 from scfa_jax.layers.pattern import Dense as Dense
 from scfa_jax.layers.pattern import Marked as Marked
 from scfa_jax.layers.pattern import Marks as Marks

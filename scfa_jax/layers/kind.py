@@ -31,6 +31,7 @@ class Heads(NamedTuple):
     rotated_key: jax.Array
     attended_key: jax.Array  # `rotated_key` in the dtype of the query, normalised if asked for
     start: jax.Array | int = 0  # int32 [], the place of the first token
+    rotate: Callable[[jax.Array], jax.Array] = lambda x: x  # rotates further keys [B, T, heads, H] like these
 
 
 class Parameter(NamedTuple):
@@ -244,13 +245,15 @@ class Layout:
         shared = key is None and query.shape[2] == value.shape[2]
         key = shared_key(query, value.shape[2]) if key is None else key
         rotated_query, rotated_key = query, key
+        rotate: Callable[[jax.Array], jax.Array] = lambda x: x
         if rotary is not None:
-            positions = start + jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-            rotated_query = rotary(query, positions).astype(value.dtype)
-            rotated_key = rotated_query if shared else rotary(key, positions).astype(key.dtype)
+            places = start + jnp.arange(query.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+            rotate = lambda x: rotary(x, places).astype(x.dtype)
+            rotated_query = rotary(query, places).astype(value.dtype)
+            rotated_key = rotated_query if shared else rotate(key)
         attended = normalize(rotated_key) if self.normalize_key else rotated_key
         attended = attended.astype(rotated_query.dtype)
-        return Heads(tokens, query, key, value, rotated_query, rotated_key, attended, start)
+        return Heads(tokens, query, key, value, rotated_query, rotated_key, attended, start, rotate)
 
 
 def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:

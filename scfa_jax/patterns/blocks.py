@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, _options, _positions
+from scfa_jax import _checks, _options, _partitioning, _positions
 from scfa_jax.backends import ordering
 from scfa_jax.backends.ordering import iota
 from scfa_jax.index import NEVER, SparseIndex
@@ -73,10 +73,12 @@ def block_index(
     query_length = chosen.shape[2] if query_length is None else query_length
     key_length = query_length if key_length is None else key_length
     offset = _positions.resolved_offset(options.get("query_offset"), query_length, key_length)
-    position = _positions.first_position(offset) + iota(query_length)  # [B or 1, 1, T]
+    position = _positions.first_position(offset) + iota(query_length)[None, None]  # [B or 1, 1, T]
     _checks.batches(blocks=chosen, query_offset=position)
     own = jnp.floor_divide(position, np.int32(block_size))
-    block = _each_once(chosen, own, num_local)
+    # Split, since types of an explicit mesh let nothing be concatenated that is sharded in two ways.
+    each_once = lambda chosen, own: (_each_once(chosen, own, num_local),)
+    (block,) = _partitioning.split(each_once, ["bh..", "b.."], ["bh.."])(chosen, own)
     last = jnp.broadcast_to(jnp.minimum(position, key_length - 1)[..., None], block.shape)
     segment_ids = options.get("query_segment_ids"), options.get("key_segment_ids")
     implementation = options.get("implementation")
@@ -93,12 +95,12 @@ def block_index(
 
 def _each_once(chosen: jax.Array, own: jax.Array, num_local: int) -> jax.Array:
     """The blocks of every slot, int32 `[B, N, T, slots]`, each at most once and none after the own one; -1 for none."""
-    k = chosen.shape[-1]
-    earlier = np.tri(k, k=-1, dtype=bool)
+    slot = iota(chosen.shape[-1])
+    earlier = (slot[None, :] < slot[:, None])[None, None, None]
     is_again = jnp.any((chosen[..., :, None] == chosen[..., None, :]) & earlier, axis=-1)
     is_earlier = (chosen >= 0) & (chosen <= own[..., None] - num_local)
     chosen = jnp.where(is_earlier & ~is_again, chosen, -1)
-    local = own[..., None] - np.arange(num_local, dtype=np.int32)
+    local = own[..., None] - iota(num_local)[None, None, None]
     shape = np.broadcast_shapes(chosen.shape[:-1], local.shape[:-1])
     parts = [jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (chosen, jnp.maximum(local, -1))]
     return jnp.concatenate(parts, axis=-1)

@@ -8,10 +8,10 @@ import re
 import pytest
 
 import scfa_jax.layers
-from models.controls import Permutation
+from models.controls import OracleBlocks, Permutation, RandomBlocks
 from models.kinds import KINDS, WAYS_TO_HASH, LayerKind, parse, text_of
 from models.reformer import Reformer
-from scfa_jax.layers import BigBird, Dense, Drop, Hash, HashBy, Kind, KMeans, LearnedRotations, Rotations, Window
+from scfa_jax.layers import BigBird, Dense, Drop, Hash, HashBy, Kind, KMeans, LearnedRotations, MoBA, Rotations, Window
 
 
 def of_layers(text: str) -> list[Kind]:
@@ -30,6 +30,11 @@ MEANINGS = {
     "bigbird(8, num_global=2, random=1),": [BigBird(8, 2, 1)],
     "drop(0.5)*1": [Drop(0.5)],
     "reformer(8, rounds=4)": [Reformer(8, 4)],
+    "moba(256, top_k=4), moba(64, 8, local=2, before_rotary=True)": [
+        MoBA(256, 4),
+        MoBA(64, 8, num_local=2, before_rotary=True),
+    ],
+    "random_blocks(256, top_k=4), oracle_blocks(256, 4)": [RandomBlocks(256, 4), OracleBlocks(256, 4)],
 }
 
 
@@ -83,6 +88,8 @@ FAULTS = {
     "a.b(3)": "a kind is a name with its parameters, as in window(512)*5, hash(16); got 'a.b(3)'.",
     "drop(1.0)": "drop: rate must be at least 0 and below 1, got 1.0.",
     "3": "a kind is a name with its parameters",
+    "moba(256, 0)": "moba: top_k must be at least 1, got 0.",
+    "moba(256)": "moba takes (block_size, top_k, num_local=1, share_in_group=False, before_rotary=False);",
     "reformer(4, rounds=0)": "reformer: num_rounds must be at least 1, got 0.",
 }
 

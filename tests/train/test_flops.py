@@ -69,6 +69,10 @@ def test_only_the_pairs_that_a_kind_asks_for_count():
     # A window of 3 to 6 (of 1 to 4 at the start), and in all but the first chunk of 4 up to 2 keys: 2 in all chunks.
     pairs = (1 + 2 + 3 + 4) + 24 * (3 + 4 + 5 + 6 + 4 * 2)
     assert attention("sparsek(2, window=3, chunk_size=4)") == pytest.approx(dense * pairs / (100 * 101 / 2))
+    # Of 12 whole blocks of 8 and one of 4: the own one up to the query, and two before it where there are as many.
+    pairs = 12 * 8 * 9 / 2 + 4 * 5 / 2 + 8 * 8 + 2 * 8 * (10 * 8 + 4)
+    for kind in ("moba", "random_blocks", "oracle_blocks"):
+        assert attention(f"{kind}(8, top_k=3)") == pytest.approx(dense * pairs / (100 * 101 / 2))
     assert attention("reformer(4)") == pytest.approx(dense / 4)
     mask = (column <= row) & ((row - column < np.array([5, 25])[:, None, None]) | (column < 2))
     windows = attention("window((5, 0), num_sinks=2, slope=(0.0, 0.25))")

@@ -70,9 +70,11 @@ class Triton:
 
         return functools.partial(order.key_ranges, interpret=self.interpret)
 
-    def block_chooser(self, head_dim, k):
+    def block_chooser(self, head_dim, k, by):
         if k > MAX_CHOSEN or head_dim % 8 or not 16 <= head_dim <= 128:
             return None
         from scfa_jax.backends.triton import best_blocks
 
-        return functools.partial(best_blocks.best_blocks, interpret=self.interpret)
+        if by == "score":
+            return functools.partial(best_blocks.best_blocks, interpret=self.interpret)
+        return functools.partial(best_blocks.most_important_blocks, interpret=self.interpret)

@@ -37,5 +37,5 @@ class Xla:
     def range_finder(self):
         return None
 
-    def block_chooser(self, head_dim, k):
+    def block_chooser(self, head_dim, k, by):
         return None

@@ -7,6 +7,7 @@ timed kernel by kernel, since the three kernels are tuned apart.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -44,7 +45,7 @@ class Options:
         time_limit: Seconds after which no new head size is begun; the table keeps what it had for the others.
         widths: Head sizes.
         itemsizes: Bytes per number: 2 is bfloat16, 4 float32.
-        densities: Share of pairs that are allowed, as a class.
+        densities: Share of pairs that are allowed, as a class, or "blocks" for those that queries choose.
     """
 
     out: Path = Path("benchmarks/results/tiles.jsonl")
@@ -52,7 +53,7 @@ class Options:
     time_limit: float = 420.0
     widths: tuple[int, ...] = (64, 128, 32, 256, 16)
     itemsizes: tuple[int, ...] = (2, 4)
-    densities: tuple[str, ...] = ("sparse", "middling", "dense")
+    densities: tuple[str, ...] = ("sparse", "middling", "dense", "blocks")
 
 
 def candidates(width: int, itemsize: int) -> list[TritonTile]:
@@ -76,6 +77,8 @@ def operator(density: str) -> tuple[Callable[..., Any], Callable[[jax.Array, tup
     """The operator of a density class, and a function that draws its pattern for the shape `[B, T, N]`."""
     if density == "dense":
         return scfa_jax.causal_attention, lambda key, shape: ()
+    if density == "blocks":
+        return functools.partial(scfa_jax.moba_attention, block_size=512, top_k=4), lambda key, shape: ()
     two = lambda draw: lambda key, shape: tuple(draw(k, shape) for k in jax.random.split(key))
     if density == "middling":
         return scfa_jax.qk_sparse_attention, two(lambda key, shape: jax.random.bernoulli(key, 0.5, shape))

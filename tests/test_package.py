@@ -31,6 +31,7 @@ PUBLIC = {
     "merge_attention",
     "moba_attention",
     "moba_blocks",
+    "nsa_attention",
     "patterns",
     "qk_sparse_attention",
     "random_rotations",

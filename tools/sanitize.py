@@ -68,7 +68,7 @@ class Options:
     """Folder of sanitize.json, and of the logs under sanitize/."""
     tools: tuple[str, ...] = ("memcheck", "racecheck")
     """Tools of the sanitizer."""
-    signatures: int = 16
+    signatures: int = 18
     """Random signatures of the kernels, besides three of decoding."""
     cases: int = 2
     """Cases of each signature."""

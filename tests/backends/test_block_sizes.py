@@ -49,10 +49,13 @@ def test_a_device_has_the_tiles_of_its_own_search_and_another_those_of_the_h100(
     tiles = lambda device, head_dim=64: tile_sizes.tuned(head_dim, jnp.bfloat16, 1.0, device)
     h100 = tiles(H100)
     own = ((16, 32, 4, 2),) * 3
-    monkeypatch.setitem(TABLE, "NVIDIA H200", {(64, 2, "dense"): own})
+    monkeypatch.setitem(TABLE, "NVIDIA H200", {(64, 2, "dense"): own, (64, 2, "blocks"): own})
     assert tiles("NVIDIA H200") == BlockSizes(*(TritonTile(*tile) for tile in own))
     assert tiles("NVIDIA H200", 128) == tiles(H100, 128)
     assert tiles("NVIDIA H20") == tiles(H100) == h100
+    in_slots = lambda head_dim: tile_sizes.tuned(head_dim, jnp.bfloat16, 0.05, H100, in_slots=True)
+    assert in_slots(64) == tiles("NVIDIA H200")
+    assert in_slots(32) == tile_sizes.tuned(32, jnp.bfloat16, 0.05, H100)
 
 
 def test_the_table_holds_tiles():
@@ -60,7 +63,7 @@ def test_the_table_holds_tiles():
         for (width, itemsize, density), tiles in device.items():
             assert width in (16, 32, 64, 128, 256)
             assert itemsize in (2, 4)
-            assert density in ("dense", "middling", "sparse")
+            assert density in ("blocks", "dense", "middling", "sparse")
             assert len([TritonTile(*t) for t in tiles]) == 3
 
 

@@ -47,8 +47,8 @@ class TritonTile(TileShape):
         return fitted if fitted == self else dataclasses.replace(fitted, num_warps=min(4, self.num_warps))
 
 
-# Whose tiles a device gets that was not searched on, as far as they fit it.
-_SEARCHED = "NVIDIA H100 80GB HBM3"
+# Whose tiles a device gets that was not searched on, as far as they fit it; the second has what the first lacks.
+_SEARCHED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 # Tiles that lower for every head size and dtype, for what the table lacks.
 _SAFE = TritonTile(64, 64, num_warps=4, num_stages=2)
 
@@ -70,7 +70,7 @@ def for_call(call: Call, index: SparseIndex) -> tuple[TritonTile, TritonTile, Tr
     blocks = call.block_sizes
     if blocks is None:
         head_dim = max(call.head_dim, call.value_dim)
-        blocks = tuned(head_dim, call.dtype, index.density, _compat.gpu_kind())
+        blocks = tuned(head_dim, call.dtype, index.density, _compat.gpu_kind(), in_slots=index.slots > 1)
         blocks = blocks.fit(index.low.shape[2], index.key_length)
     forward, dq, dkv = (
         tile if isinstance(tile, TritonTile) else TritonTile(tile.block_q, tile.block_k)
@@ -90,7 +90,7 @@ def shared_memory(device_kind: str) -> int:
     return next((size for name, size in _SHARED_MEMORY.items() if name in words), _LEAST_SHARED_MEMORY)
 
 
-def tuned(head_dim: int, dtype, density: float, device_kind: str) -> BlockSizes:
+def tuned(head_dim: int, dtype, density: float, device_kind: str, *, in_slots: bool = False) -> BlockSizes:
     """Returns tiles that fit the device.
 
     Args:
@@ -98,10 +98,13 @@ def tuned(head_dim: int, dtype, density: float, device_kind: str) -> BlockSizes:
         dtype: dtype of query, key and value.
         density: Share of causal pairs that are allowed, roughly.
         device_kind: The GPU's name, as JAX tells it; empty if it is not known.
+        in_slots: Whether queries have several slots each, which attend to a block of keys that others attend to too.
     """
     width, itemsize = max(16, next_power_of_two(head_dim)), jnp.dtype(dtype).itemsize
-    key, memory = (width, itemsize, density_class(density)), shared_memory(device_kind)
-    tiles = TABLE.get(device_kind, {}).get(key) or TABLE[_SEARCHED].get(key)
+    memory, devices = shared_memory(device_kind), (device_kind, *_SEARCHED)
+    classes = ("blocks", density_class(density)) if in_slots else (density_class(density),)
+    found = (TABLE.get(device, {}).get((width, itemsize, name)) for name in classes for device in devices)
+    tiles = next(filter(None, found), None)
     forward, dq, dkv = (TritonTile(*tile) for tile in tiles) if tiles else (_SAFE,) * 3
 
     def needs(resident: str, copies: int) -> Callable[[TritonTile], int]:

@@ -105,6 +105,8 @@ def _mixes(window: int, length: int) -> dict[str, str]:
     return {
         "dense": "cudnn",
         "windows-dense": f"{windows}*5, cudnn",
+        "windows-moba": f"{windows}*5, moba(256, top_k=4)",
+        "moba": "moba(256, top_k=4)",
         "windows-hash": f"{windows}*5, hash(16)",
         "windows-hash-own-keys": f"{windows}*5, {own_keys}",
         "windows": windows,

@@ -171,7 +171,7 @@ def plain_most_important_blocks(
 ) -> jax.Array:
     """As `most_important_blocks`, in plain JAX: a chunk of queries after the other."""
     (batch, _, heads, head_dim), (_, count, key_heads, _) = query.shape, compressed_key.shape
-    weights, number = overlap.weights(), iota(count)
+    weights, number = overlap.weights(), iota(count)[None, None]
     # Padded so that block `i` begins at `of_block * i` and has all of its neighbours.
     before = overlap.of_key - 1
     padded = overlap.of_block * num_blocks + before
@@ -190,7 +190,7 @@ def plain_most_important_blocks(
             weight * given[..., i : i + overlap.of_block * (num_blocks - 1) + 1 : overlap.of_block]
             for i, weight in enumerate(weights)
         )
-        blocks = iota(num_blocks)
+        blocks = iota(num_blocks)[None, None]
         may_choose = (blocks >= first) & (blocks <= last_block[..., None])
         importance = jnp.where(may_choose[:, :, None] & (importance > 0), importance, -jnp.inf)
         best, chosen = jax.lax.top_k(importance, min(k, num_blocks))

@@ -133,11 +133,13 @@ def moba_attention(
         (1, 64, 2, 16)
     """
     positions, more = _options.split(options)
+    for name, size in (("block_size", block_size), ("top_k", top_k)):
+        _checks.static_int(name, size, least=1)
     blocks = moba_blocks(
         query,
         key,
         block_size=block_size,
-        top_k=top_k,
+        top_k=min(top_k, 1 + _checks.length("key", key) // block_size),  # no slots that stay empty
         num_local=num_local,
         share_in_group=share_in_group,
         **positions,

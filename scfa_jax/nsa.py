@@ -45,7 +45,8 @@ def in_compression_blocks(x: Float[Array, "B S K H"], size: int, stride: int) ->
     _check_compression(size, stride)
     count = num_compressed(x.shape[1], size, stride)
     # Whole strides side by side: no gather, and so no scatter in the gradient.
-    strides = x[:, : x.shape[1] - x.shape[1] % stride].reshape(x.shape[0], -1, stride, *x.shape[2:])
+    whole = x.shape[1] // stride
+    strides = x[:, : whole * stride].reshape(x.shape[0], whole, stride, *x.shape[2:])
     return jnp.concatenate([strides[:, i : i + count] for i in range(size // stride)], axis=2)
 
 
@@ -149,11 +150,16 @@ def nsa_blocks(
     has_batch = getattr(query, "ndim", 4) == 4
     query, compressed_key, _ = _checks.attention_arrays(query, compressed_key, compressed_key)
     logsumexp = logsumexp if has_batch else logsumexp[None]
+    if logsumexp.shape != query.shape[:3]:
+        raise ValueError(f"logsumexp must be [B, T, N] = {query.shape[:3]}, got {logsumexp.shape}.")
+    _check_compressed("compressed_key", compressed_key, key_length, *sizes)
+    _check_batches(query, options)
     query, compressed_key, logsumexp = jax.lax.stop_gradient((query, compressed_key, logsumexp))
     query_length = query.shape[1]
     last, (of_query, of_key) = _last_compressed(query_length, key_length, *sizes, options)
     offset = _positions.resolved_offset(options.get("query_offset"), query_length, key_length)
-    own = jnp.floor_divide((_positions.first_position(offset) + iota(query_length))[:, 0], np.int32(block_size))
+    position = _positions.first_position(offset)[:, 0] + iota(query_length)[None]
+    own = jnp.floor_divide(position, np.int32(block_size))
     zeros = jnp.zeros((1, 1), jnp.int32)
     chosen = _selection.most_important_blocks(
         query,
@@ -243,6 +249,9 @@ def nsa_attention(
     lengths = _checks.length("query", query), _checks.length("selected", selected[0])
     in_blocks = {"compression_size": compression_size, "compression_stride": compression_stride}
     attend: dict[str, Any] = {"scale": scale, "implementation": options.get("implementation")}
+    _check_compression(compression_size, compression_stride, names=("compression_size", "compression_stride"))
+    _check_compressed("compressed", compressed[0], lengths[1], compression_size, compression_stride)
+    _check_batches(query, options)
     compressed_query = query if compressed_query is None else compressed_query
     of_compressed: Any = sparse_attention(
         compressed_query,
@@ -277,15 +286,16 @@ def _last_compressed(
 ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     """The last block that each query may see, int32 `[B or 1, T]`, and the segments of queries and blocks, if any."""
     offset = _positions.resolved_offset(options.get("query_offset"), query_length, key_length)
-    position = (_positions.first_position(offset) + iota(query_length))[:, 0]
+    position = _positions.first_position(offset)[:, 0] + iota(query_length)[None]
     last = jnp.floor_divide(position - (size - 1), np.int32(stride))
     ids = options.get("query_segment_ids"), options.get("key_segment_ids")
-    if ids == (None, None):
+    if all(x is None for x in ids):
         return last, (None, None)
     of_query, of_key = _positions.both_segments(*ids, query_length, key_length)
     rows = in_compression_blocks(of_key[..., None, None], size, stride)[..., 0, 0]
     of_block = jnp.where((rows == rows[:, :, :1]).all(axis=2), rows[:, :, 0], -1)
-    return last, (of_query, jnp.where(of_block < 0, -2, of_block))
+    # Padding meets no block, nor any other padding.
+    return last, (jnp.maximum(of_query, -1), jnp.where(of_block < 0, -2, of_block))
 
 
 def _check_compression(size: int, stride: int, names: tuple[str, str] = ("size", "stride")) -> None:
@@ -293,6 +303,22 @@ def _check_compression(size: int, stride: int, names: tuple[str, str] = ("size",
         _checks.static_int(name, value, least=1)
     if size % stride:
         raise ValueError(f"{names[1]} must divide {names[0]}, got {stride} and {size}.")
+
+
+def _check_compressed(name: str, compressed_key: Any, key_length: int, size: int, stride: int) -> None:
+    length, count = _checks.length(name, compressed_key), num_compressed(key_length, size, stride)
+    if length != count:
+        raise ValueError(
+            f"{name} must have a row for each of the {count} compression blocks of {key_length} keys, got {length}."
+        )
+
+
+def _check_batches(query: Any, options: _options.PositionOptions) -> None:
+    batch = query.shape[0] if query.ndim == 4 else 1
+    for name, rank in (("query_offset", 1), ("query_segment_ids", 2), ("key_segment_ids", 2)):
+        shape: tuple[int, ...] = getattr(options.get(name), "shape", ())
+        if len(shape) == rank and shape[0] not in (1, batch):
+            raise ValueError(f"{name} must have the batch size of query, {batch}, or 1, got {shape[0]}.")
 
 
 def _check_selection(stride: int, block_size: int, top_k: int, num_initial: int, num_local: int) -> None:

@@ -306,11 +306,11 @@ def moba_mask(
     last_of_block = jnp.minimum(number * block_size + block_size, key_length) - 1
     counts = ids[1] == ids[1][:, last_of_block]  # [B, S]: those of the segment that the block's last key is of
     own = (jnp.asarray(query_offset).reshape(-1, 1) + jnp.arange(query_length)) // block_size
-    total = jax.nn.one_hot(number, -(-key_length // block_size), dtype=dtype) * counts[..., None]  # [B, S, M]
+    per_block = lambda x: (
+        jnp.zeros((x.shape[0], -(-key_length // block_size), *x.shape[2:]), dtype).at[:, number].add(x)
+    )
     key = jnp.where(counts[..., None, None], key, 0).astype(dtype)
-    total = jnp.broadcast_to(total, (batch, *total.shape[1:]))
-    means = jnp.einsum("bsm,bskh->bmkh", total, key, precision="highest")
-    means = means / jnp.maximum(total.sum(axis=1), 1)[..., None, None]
+    means = per_block(key) / jnp.maximum(per_block(counts.astype(dtype)), 1)[..., None, None]
     grouped = query.astype(dtype).reshape(batch, query_length, key_heads, -1, head_dim)
     scores = jnp.einsum("btkgh,bmkh->bkgtm", grouped, means, precision="highest")
     scores = scores.sum(axis=2) if share_in_group else scores.reshape(batch, heads, query_length, -1)

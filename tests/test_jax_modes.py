@@ -16,6 +16,7 @@ import scfa_jax
 import scfa_jax.nnx
 from scfa_jax import _checks, patterns, reference
 from scfa_jax.layers import (
+    NSA,
     BigBird,
     Drop,
     Fixed,
@@ -28,11 +29,21 @@ from scfa_jax.layers import (
     Strided,
     Window,
 )
+from scfa_jax.nsa import in_compression_blocks
 
 BATCH, LENGTH, HEADS, KEY_HEADS = 2, 32, 4, 2
 HASH = np.random.default_rng(0).integers(0, 4, (2, BATCH, LENGTH, HEADS)).astype(np.int32)
 SEGMENTS = np.repeat(np.arange(4, dtype=np.int32), 8)[None].repeat(BATCH, axis=0)
 GLOBAL = (np.arange(LENGTH) % 8 == 0)[:, None]
+
+
+def nsa(query, key, value, **options):
+    """NSA with mean keys and values, and equal gates."""
+    sizes = {"compression_size": 6, "compression_stride": 3, "block_size": 6, "top_k": 4}
+    compressed = tuple(in_compression_blocks(x, 6, 3).mean(axis=2) for x in (key, value))
+    gates = jnp.ones((*query.shape[:3], 3), query.dtype)
+    return scfa_jax.nsa_attention(query, compressed, (key, value), (key, value), gates, **sizes, window=5, **options)
+
 
 OPERATORS = {
     "causal": (scfa_jax.causal_attention, (), {}),
@@ -52,6 +63,12 @@ OPERATORS = {
             **{"block_size": 5, "top_k": 3, "num_local": 2, "share_in_group": True},
             **{"query_offset": np.array([0, 3], np.int32), "query_segment_ids": SEGMENTS},
         },
+    ),
+    "nsa": (nsa, (), {}),
+    "nsa, offsets and segments": (
+        nsa,
+        (),
+        {"query_offset": np.array([0, 3], np.int32), "query_segment_ids": SEGMENTS},
     ),
     "sinks and cap": (
         scfa_jax.causal_attention,
@@ -81,6 +98,7 @@ KINDS = [
     *(None, Hash(4), Hash(4, by=LearnedRotations()), Hash(4, by=KMeans(), local_window=4), Drop(0.5), Window(5, 2)),
     *(Longformer(4, 8), BigBird(4, 2, 1, 4), Strided(4), Fixed(8, 2), SparseK(4, 4)),
     *(MoBA(6, 3, 2), MoBA(5, 3, share_in_group=True, before_rotary=True)),
+    NSA(6, 4, 5, 6, 3),
 ]
 
 
@@ -137,8 +155,7 @@ def test_layers_train_evaluate_and_decode(kind, mode):
             sparsity=kind,
             dtype=jnp.bfloat16,
             rotary=scfa_jax.nnx.rotary,
-            logits_soft_cap=5.0,
-            use_sink_logits=True,
+            **({} if isinstance(kind, NSA) else {"logits_soft_cap": 5.0, "use_sink_logits": True}),
             rngs=nnx.Rngs(0),
         )
         gradients = nnx.grad(lambda layer: total(layer(x)))(layer)

@@ -153,7 +153,8 @@ class NSA(Kind):
         for i, x in enumerate(rows):
             blocks = in_compression_blocks(x, self.compression_size, self.compression_stride)
             blocks = blocks + state["place_in_block"][i][None, None, :, None].astype(x.dtype)
-            flat = blocks.swapaxes(2, 3).reshape(*blocks.shape[:2], blocks.shape[3], -1)
+            batch, count, size, heads, width = blocks.shape
+            flat = blocks.swapaxes(2, 3).reshape(batch, count, heads, size * width)
             hidden = jax.nn.gelu(flat @ state["compression_hidden"][i].astype(x.dtype))
             made.append(hidden @ state["compression_out"][i].astype(x.dtype))
         return made[0], made[1]

@@ -41,7 +41,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 PUBLIC = (
     "CausalSelfAttention",
     *("Hash", "Rotations", "LearnedRotations", "KMeans", "Drop"),
-    *("Window", "Longformer", "BigBird", "Strided", "Fixed", "SparseK", "MoBA"),
+    *("Window", "Longformer", "BigBird", "Strided", "Fixed", "SparseK", "MoBA", "NSA"),
     *("causal_attention_fn", "hash_attention_fn", "qk_attention_fn", "rotary"),
 )
 

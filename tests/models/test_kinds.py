@@ -11,7 +11,20 @@ import scfa_jax.layers
 from models.controls import OracleBlocks, Permutation, RandomBlocks
 from models.kinds import KINDS, WAYS_TO_HASH, LayerKind, parse, text_of
 from models.reformer import Reformer
-from scfa_jax.layers import BigBird, Dense, Drop, Hash, HashBy, Kind, KMeans, LearnedRotations, MoBA, Rotations, Window
+from scfa_jax.layers import (
+    NSA,
+    BigBird,
+    Dense,
+    Drop,
+    Hash,
+    HashBy,
+    Kind,
+    KMeans,
+    LearnedRotations,
+    MoBA,
+    Rotations,
+    Window,
+)
 
 
 def of_layers(text: str) -> list[Kind]:
@@ -33,6 +46,10 @@ MEANINGS = {
     "moba(256, top_k=4), moba(64, 8, local=2, before_rotary=True)": [
         MoBA(256, 4),
         MoBA(64, 8, num_local=2, before_rotary=True),
+    ],
+    "nsa, nsa(32, top_k=8, window=64, compression_size=16, compression_stride=8, initial=0, local=1)": [
+        NSA(),
+        NSA(32, 8, 64, compression_size=16, compression_stride=8, num_initial=0, num_local=1),
     ],
     "random_blocks(256, top_k=4), oracle_blocks(256, 4)": [RandomBlocks(256, 4), OracleBlocks(256, 4)],
 }
@@ -90,6 +107,8 @@ FAULTS = {
     "3": "a kind is a name with its parameters",
     "moba(256, 0)": "moba: top_k must be at least 1, got 0.",
     "moba(256)": "moba takes (block_size, top_k, num_local=1, share_in_group=False, before_rotary=False);",
+    "nsa(20)": "nsa: block_size must be a multiple of compression_stride = 16, got 20.",
+    "nsa(64, 2)": "nsa: top_k must be at least 3, got 2.",
     "reformer(4, rounds=0)": "reformer: num_rounds must be at least 1, got 0.",
 }
 

@@ -151,14 +151,14 @@ def test_an_index_that_says_so_leaves_no_code_to_a_key_that_no_query_attends_to(
 def test_axes_of_one_serve_all():
     """Of the batch, of the rows and of the heads; without a batch, too."""
     rng = np.random.default_rng(0)
+    mask_of = jax.jit(lambda blocks: scfa_jax.block_index(blocks, 6, query_length=20).mask())
     for size in ((1, 20, 2, 3), (2, 1, 2, 3), (2, 20, 1, 3), (1, 1, 1, 3)):
         narrow = rng.integers(-1, 5, size, dtype=np.int32)
         wide = np.broadcast_to(narrow, (2, 20, 2, 3))
-        got, want = (scfa_jax.block_index(x, 6, query_length=20, key_length=20).mask() for x in (narrow, wide))
+        got, want = (mask_of(x) for x in (narrow, wide))
         np.testing.assert_array_equal(np.broadcast_to(got, want.shape), want)
         if size[0] == 1:
-            alone = scfa_jax.block_index(narrow[0], 6, query_length=20)
-            np.testing.assert_array_equal(alone.mask(), got)
+            np.testing.assert_array_equal(mask_of(narrow[0]), got)
 
 
 def test_a_block_counts_once_however_often_it_is_named():
@@ -211,7 +211,7 @@ def chosen_of(shape, block_size, num_local, k, least=-1):
     return blocks, blocks_mask(blocks, shape.query_length, shape.key_length, block_size=block_size, num_local=num_local)
 
 
-def test_sinks_and_caps_of_logits_and_values_of_another_size(implementation):
+def test_sinks_and_caps_of_logits_and_values_of_another_size(one_implementation):
     shape, rng = Shape(2, 50, 50, 4, 2, 16), np.random.default_rng(1)
     blocks, mask = chosen_of(shape, 7, 2, 2)
     query, key, _ = arrays(rng, shape, jnp.float32)
@@ -219,7 +219,7 @@ def test_sinks_and_caps_of_logits_and_values_of_another_size(implementation):
     sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
     given = cotangents(rng, jnp.zeros((*query.shape[:3], 40)))
     index = scfa_jax.block_index(blocks, 7, num_local=2)
-    got = results_of(index, query, key, value, *given, sinks, implementation=implementation, soft_cap=0.7)
+    got = results_of(index, query, key, value, *given, sinks, implementation=one_implementation, soft_cap=0.7)
     dense = dense_results(query, key, value, mask, *given, logits_soft_cap=0.7, sink_logits=sinks)
     assert not problems(got, dense, jnp.float32, in_tf32_products=HAS_GPU)
 
@@ -241,20 +241,27 @@ def test_a_float32_output_is_merged_from_float32(one_implementation):
     assert errors[0] < errors[1] / 1.5
 
 
-def test_sinks_beside_chosen_blocks(implementation):
+def test_sinks_beside_chosen_blocks(one_implementation):
     """A list: every query sees the first three keys, and its blocks are those behind the first one."""
     shape, block_size, num_sinks = Shape(2, 50, 50, 4, 2, 16), 7, 3
     blocks, mask = chosen_of(shape, block_size, 1, 3, least=1)
     is_behind = (np.arange(50) >= block_size)[:, None]
-    sinks = scfa_jax.range_index(np.zeros((50, 1), np.int32), num_sinks * is_behind.astype(np.int32), 50)
-    index = [scfa_jax.block_index(blocks, block_size), sinks]
+
+    @jax.jit
+    def built(blocks, stop):
+        sinks = scfa_jax.range_index(jnp.zeros_like(stop), stop, 50)
+        index = [scfa_jax.block_index(blocks, block_size), sinks]
+        in_window = [index[0], scfa_jax.causal_index(50, 50, window=8)]
+        said = scfa_jax.index.mask(index), scfa_jax.index.pairs(index)
+        return index, said, [scfa_jax.index.is_disjoint(x) for x in (index, in_window)]
+
+    index, said, are_disjoint = built(blocks, num_sinks * is_behind.astype(np.int32))
     mask = mask | (is_behind & (np.arange(50) < num_sinks))
-    np.testing.assert_array_equal(*np.broadcast_arrays(scfa_jax.index.mask(index), mask))
-    np.testing.assert_array_equal(*np.broadcast_arrays(scfa_jax.index.pairs(index), mask.sum(axis=(2, 3))))
-    assert scfa_jax.index.is_disjoint(index)
-    assert not scfa_jax.index.is_disjoint([index[0], scfa_jax.causal_index(50, 50, window=8)])
+    np.testing.assert_array_equal(*np.broadcast_arrays(said[0], mask))
+    np.testing.assert_array_equal(*np.broadcast_arrays(said[1], mask.sum(axis=(2, 3))))
+    assert [bool(x) for x in are_disjoint] == [True, False]
     inputs = arrays(np.random.default_rng(4), shape, jnp.float32)
-    assert_as_exact_as_plain(partial(results_of, index, implementation=implementation), *inputs, jnp.asarray(mask))
+    assert_as_exact_as_plain(partial(results_of, index, implementation=one_implementation), *inputs, jnp.asarray(mask))
 
 
 def test_reruns_give_the_same_bits(implementation):

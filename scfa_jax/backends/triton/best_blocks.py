@@ -180,7 +180,11 @@ def _importance_kernel(
                 at = jnp.clip(key_number, 0, num_keys - 1)
                 products = dot(query, _load_rows(key_ref, at, head, head_dim).T)
                 may = query_segment[:, None] == _load(key_segment_ref, at, None, 0)[None, :]
-                may = may & (key_number <= last[:, None]) & ((key_number >= 0) & (key_number < num_keys))[None, :]
+                may = (
+                    may
+                    & (key_number[None, :] <= last[:, None])
+                    & ((key_number >= 0) & (key_number < num_keys))[None, :]
+                )
                 exponents = jnp.where(may, products * scale - logsumexp[:, None], -jnp.inf)
                 importance = importance + float(weight) * jnp.exp2(exponents * tile.LOG2_E)
             return importance

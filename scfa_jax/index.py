@@ -41,7 +41,7 @@ class SparseIndex:
         low: int32 `[B, N, T * slots]`, the first code that each query (in query order) attends to; ascending.
         high: int32 `[B, N, T * slots]`, the last code, inclusive.
         ascending: Whether `high` ascends too, so that the ends of a tile bound all of it. Static.
-        all_met: Whether every key that no query of some head attends to is known to have the code `NEVER`. Static.
+        all_met: Whether every key that no query attends to is known to have the code `NEVER`. Static.
         density: Share of the causal pairs that are allowed, roughly: a hint for the choice of tile sizes. Static.
         sign: 1, or -1 if these pairs are to be taken away from those of the other indices in a list, each of which
             must be in one more of them. Several rounds of hashing make such lists. Static.

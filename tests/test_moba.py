@@ -178,7 +178,7 @@ def test_memory_is_linear_in_length(implementation):
 
 @pytest.mark.parametrize(("heads", "share_in_group"), [(4, False), (2, True)])
 def test_choosing_and_attending_lower_to_few_kernels(heads, share_in_group):
-    """One to choose, two to sort, one forward and two backward, and three small ones for the bounds of tiles."""
+    """One to choose, two to sort, one forward and two backward, and five small ones for tiles and marks."""
     query, key = (jax.ShapeDtypeStruct((2, 1035, n, 64), jnp.bfloat16) for n in (4, 2))
     attend = partial(scfa_jax.moba_attention, block_size=128, top_k=4, share_in_group=share_in_group)
     loss = lambda *qkv: attend(*qkv, implementation="triton").astype(jnp.float32).sum()
@@ -186,7 +186,7 @@ def test_choosing_and_attending_lower_to_few_kernels(heads, share_in_group):
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     launched = [e.params for e in equations(traced.jaxpr.jaxpr) if e.primitive.name == "pallas_call"]
-    counted = {"best_blocks": 1, "count": 1, "place": 1, "forward": 1, "dq": 1, "dkv": 1, "bounds": 3}
+    counted = {"best_blocks": 1, "count": 1, "place": 1, "forward": 1, "dq": 1, "dkv": 1, "bounds": 3, "marks": 2}
     names = Counter(str(params.get("name") or params["name_and_src_info"].name) for params in launched)
     assert names == {f"scfa_{name}": number for name, number in counted.items()}
     assert number_of_kernels(text) > 0

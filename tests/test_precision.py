@@ -31,6 +31,7 @@ OPERATORS = {
     "range": (scfa_jax.range_attention, lambda: {"key_start": ids(SHAPE[:3]), "key_stop": ids(SHAPE[:3])}),
     "index": (scfa_jax.sparse_attention, lambda: {"index": scfa_jax.causal_index(32, 32)}),
     "several indices": (scfa_jax.sparse_attention, lambda: {"index": patterns.strided_index(32, 32, 4)}),
+    "moba": (scfa_jax.moba_attention, lambda: {"block_size": 8, "top_k": 1}),  # it chooses in float32 always
     "window": (scfa_jax.window_attention, lambda: {"window": 4, "num_sinks": 2}),
     "sparsek": (
         scfa_jax.sparsek_attention,

@@ -231,7 +231,7 @@ def test_without_ids_an_index_does_no_more_than_before(pattern):
         ("shared_hash", {"promise": 4}, BOUNDS + SORT),
         ("keep", {}, BOUNDS + MARKS + 2 * SORT),
         ("range", {}, MARKS + 2 * RANGES),
-        ("blocks", {}, BOUNDS + 2 * RANGES),
+        ("blocks", {}, BOUNDS + MARKS + 2 * RANGES),
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ from scfa_jax.nnx import (
         ("shared_hash", ATTENTION + BOUNDS),
         ("keep", ATTENTION + BOUNDS + 2 * SORT),
         ("range", ATTENTION + MARKS),
-        ("blocks", ATTENTION + BOUNDS + SORT),
+        ("blocks", ATTENTION + BOUNDS + SORT + MARKS),
     ],
 )
 @pytest.mark.parametrize(

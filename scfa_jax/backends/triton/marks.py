@@ -31,10 +31,10 @@ def marked_codes(index: SparseIndex, key_heads: int, *, interpret: bool) -> jax.
         int32 `[B, K, S]`, with axes as small as can be. It does not ascend where keys are left out.
     """
     low, code = index.low, index.key_code
-    if index.all_met:
-        return code
     # Key heads that share codes may differ in who attends to them, and then each gets its own.
     heads = key_heads if low.shape[1] > code.shape[1] else code.shape[1]
+    if index.all_met and heads == code.shape[1]:
+        return code
     # With low ascending, some query attends to a key if the furthest reach of those that begin before it does.
     reach = index.high if index.ascending else jax.lax.cummax(index.high, axis=2)
     batch = max(low.shape[0], code.shape[0])

@@ -62,13 +62,8 @@ class Identity(Kind):
         return self.attend(heads, state), {"cache_index": cache["cache_index"] + heads.value.shape[1]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Permutation(HashBy):
-    """Buckets of positions that are drawn at random: as sparse as a hash, and blind to what tokens are.
-
-    What other hashes do better than this one they owe to what is in their buckets. Training draws anew in each call,
-    and evaluation keeps one draw.
-    """
+class _Seeded:
+    """Draws one seed in each call of training, and keeps one for evaluation."""
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -81,8 +76,17 @@ class Permutation(HashBy):
     def draws(self, deterministic: bool) -> bool:
         return not deterministic
 
-    def draw(self, key: jax.Array, layout: Layout, num_buckets: int) -> State:
+    def draw(self, key: jax.Array, *shape: Any) -> State:
         return {"seed": jax.random.bits(key, (), jnp.uint32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutation(_Seeded, HashBy):
+    """Buckets of positions that are drawn at random: as sparse as a hash, and blind to what tokens are.
+
+    What other hashes do better than this one they owe to what is in their buckets. Training draws anew in each call,
+    and evaluation keeps one draw.
+    """
 
     def hashes(self, query: jax.Array, key: jax.Array, num_buckets: int, state: State, start: Any) -> Hashes:
         if "seed" not in state:
@@ -131,26 +135,12 @@ def permutation_hash(
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomBlocks(ChosenBlocks):
+class RandomBlocks(_Seeded, ChosenBlocks):
     """Blocks as in `MoBA` that each query draws at random among its candidates: as sparse, and blind to content.
 
     What MoBA does better than this it owes to its choice. Training draws anew in each call, and evaluation keeps one
     draw. All sequences of a batch share a draw.
     """
-
-    @property
-    def drawn(self) -> tuple[str, ...]:
-        return ("seed",)
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        return ("seed",)
-
-    def draws(self, deterministic: bool) -> bool:
-        return not deterministic
-
-    def draw(self, key: jax.Array, batch_size: int, length: int, layout: Layout) -> State:
-        return {"seed": jax.random.bits(key, (), jnp.uint32)}
 
     def blocks(self, heads: Heads, state: State, *, segment_ids: jax.Array | None = None, **options: Any) -> jax.Array:
         if "seed" not in state:

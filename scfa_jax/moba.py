@@ -79,7 +79,10 @@ def moba_blocks(
     chosen = _selection.best_blocks(
         query,
         block_means(key, key_segment, block_size),
-        _selection.Candidates(own - num_local, query_segment, jnp.where(last_of_block < 0, -2, last_of_block)),
+        # Padding chooses no block, not even one of padding.
+        _selection.Candidates(
+            own - num_local, jnp.maximum(query_segment, -1), jnp.where(last_of_block < 0, -2, last_of_block)
+        ),
         top_k - 1,
         share_in_group=share_in_group,
         implementation=options.get("implementation"),

@@ -402,3 +402,11 @@ def test_bad_arrays_are_named():
         choose(X, X[:, :, :3])
     with pytest.raises(ValueError, match=r"query_offset must be given where query has 5 rows and key 8"):
         choose(X[:, :5], KEY)
+
+
+@pytest.mark.parametrize("padding", [-1, -2, -7])
+def test_padding_chooses_nothing(padding):
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 32, 2, 16))
+    ids = jnp.where(jnp.arange(32) < 8, 0, padding).astype(jnp.int32)
+    blocks = scfa_jax.moba_blocks(query, key, block_size=8, top_k=3, query_segment_ids=ids)
+    assert (blocks == -1).all()  # the first document has no earlier block

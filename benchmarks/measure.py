@@ -130,7 +130,8 @@ def _tiles(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Counts of tiles in all, as the index tells them; a share is of the dense (not the causal) matrix."""
     try:
         build = calls.index(case)
-        stats = jax.jit(lambda *extra: {k: v for k, v in build(*extra).stats().items() if k != "pairs"})(*inputs.extra)
+        extra = inputs.extra if inputs.pattern.blocks is None else (inputs.pattern.blocks,)
+        stats = jax.jit(lambda *extra: {k: v for k, v in build(*extra).stats().items() if k != "pairs"})(*extra)
         sums = {name: int(count.astype("float64").sum()) for name, count in jax.device_get(stats).items()}
         return {**sums, "share": sums["tiles"] / sums["total"]}
     except Exception as error:

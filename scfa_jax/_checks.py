@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import checkify
 
 FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+LARGEST = 2**31 - 1  # of int32
 INTS = (jnp.dtype(jnp.int32), jnp.dtype(jnp.int16), jnp.dtype(jnp.int8))
 
 

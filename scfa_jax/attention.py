@@ -533,5 +533,5 @@ def _of_slots(x: jax.Array, slots: int, axis: int) -> list[jax.Array]:
     """The rows of each slot, of an axis that holds all slots of a query side by side."""
     if slots == 1:
         return [x]
-    x = x.reshape(*x.shape[:axis], -1, slots, *x.shape[axis + 1 :])
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // slots, slots, *x.shape[axis + 1 :])
     return [jax.lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(slots)]

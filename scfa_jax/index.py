@@ -93,7 +93,7 @@ class SparseIndex:
             the index has them.
         """
         low, high, code = _original_ranges(self)
-        return _meets(low[..., None, :], high[..., None, :], code[..., None, :, None])
+        return _meetings(low[..., None, :], high[..., None, :], code[..., None, :, None]) > 0
 
     @jax.jit
     def pairs(self) -> Float[Array, "B N"]:
@@ -223,7 +223,7 @@ def _count_faults(indices: Sequence[SparseIndex]) -> tuple[jax.Array]:
 
     def of_query(t: jax.Array) -> jax.Array:
         masks = align_heads(
-            *(_meets(low[..., t, None, :], high[..., t, None, :], code[..., None]) for _, (low, high, code) in parts)
+            *(_meetings(low[..., t, None, :], high[..., t, None, :], code[..., None]) for _, (low, high, code) in parts)
         )
         total = _signed_sum([sign for sign, _ in parts], masks, jnp.int32)
         return jnp.any((total != 0) & (total != 1))
@@ -269,9 +269,9 @@ def _original_ranges(index: SparseIndex) -> tuple[jax.Array, ...]:
     return align_heads(low, high, _original(index.key_code, index.key_order))
 
 
-def _meets(low: jax.Array, high: jax.Array, code: jax.Array) -> jax.Array:
-    """Whether a code lies in any of the ranges along the last axis."""
-    return jnp.any((low <= code) & (code <= high), axis=-1)
+def _meetings(low: jax.Array, high: jax.Array, code: jax.Array) -> jax.Array:
+    """In how many of the ranges along the last axis a code lies."""
+    return jnp.sum((low <= code) & (code <= high), axis=-1, dtype=jnp.int32)
 
 
 def _original(x: jax.Array, order: jax.Array | None) -> jax.Array:

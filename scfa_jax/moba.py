@@ -63,7 +63,8 @@ def moba_blocks(
     """
     has_batch = getattr(query, "ndim", 4) == 4
     query, key, _ = _checks.attention_arrays(query, key, key)
-    for name, size in (("block_size", block_size), ("top_k", top_k), ("num_local", num_local)):
+    _checks.static_int("block_size", block_size, least=1, most=_checks.LARGEST)
+    for name, size in (("top_k", top_k), ("num_local", num_local)):
         _checks.static_int(name, size, least=1)
     query, key = jax.lax.stop_gradient((query, key))
     (_, query_length, *_), (_, key_length, *_) = query.shape, key.shape
@@ -164,7 +165,7 @@ def block_means(key: jax.Array, segment: jax.Array, block_size: int) -> jax.Arra
         float32 `[B, S // block_size, K, H]`.
     """
     whole = key.shape[1] - key.shape[1] % block_size
-    in_blocks = lambda x: x[:, :whole].reshape(x.shape[0], -1, block_size, *x.shape[2:])
+    in_blocks = lambda x: x[:, :whole].reshape(x.shape[0], whole // block_size, block_size, *x.shape[2:])
     of_block = in_blocks(segment)
     counts = (of_block == of_block[:, :, -1:])[..., None, None]
     # `where`, not a product: what does not count may be NaN.

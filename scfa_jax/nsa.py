@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scfa_jax import _checks, _options, _positions, _selection
+from scfa_jax import _checks, _options, _partitioning, _positions, _selection
 from scfa_jax.attention import sparse_attention
 from scfa_jax.backends.ordering import iota
 from scfa_jax.index import SparseIndex
@@ -178,8 +178,13 @@ def nsa_blocks(
         scale=query.shape[3] ** -0.5 if scale is None else _checks.static_number("scale", scale),
         implementation=options.get("implementation"),
     )
-    initial = jnp.broadcast_to(iota(num_initial), (*chosen.shape[:3], num_initial))
-    chosen = jnp.concatenate([initial, chosen], axis=3)
+
+    def with_initial(chosen):
+        initial = jnp.broadcast_to(iota(num_initial), (*chosen.shape[:3], num_initial))
+        return (jnp.concatenate([initial, chosen], axis=3),)
+
+    # Split, since types of an explicit mesh let nothing be concatenated that is sharded in two ways.
+    (chosen,) = _partitioning.split(with_initial, ["b.h."], ["b.h."])(chosen)
     return chosen if has_batch else chosen[0]
 
 
@@ -253,6 +258,13 @@ def nsa_attention(
     _check_compressed("compressed", compressed[0], lengths[1], compression_size, compression_stride)
     _check_batches(query, options)
     compressed_query = query if compressed_query is None else compressed_query
+    if compressed_query.shape != query.shape:
+        raise ValueError(f"compressed_query must have the shape of query, {query.shape}, got {compressed_query.shape}.")
+    if gates.shape != (*query.shape[:-1], 3):
+        raise ValueError(f"gates must have shape {(*query.shape[:-1], 3)}, got {gates.shape}.")
+    _check_compression(compression_size, compression_stride, names=("compression_size", "compression_stride"))
+    _check_selection(compression_stride, block_size, top_k, num_initial, num_local)
+    top_k = min(top_k, num_initial + num_local + lengths[1] // block_size)  # no slots that stay empty
     of_compressed: Any = sparse_attention(
         compressed_query,
         *compressed,
@@ -322,7 +334,7 @@ def _check_batches(query: Any, options: _options.PositionOptions) -> None:
 
 
 def _check_selection(stride: int, block_size: int, top_k: int, num_initial: int, num_local: int) -> None:
-    _checks.static_int("block_size", block_size, least=1)
+    _checks.static_int("block_size", block_size, least=1, most=_checks.LARGEST)
     _checks.static_int("num_initial", num_initial, least=0)
     _checks.static_int("num_local", num_local, least=1)
     _checks.static_int("top_k", top_k, least=num_initial + num_local)

@@ -178,3 +178,10 @@ def test_marks_leave_out_exactly_the_keys_that_no_query_attends_to(pattern, data
         return
     marked = np.asarray(marks.marked_codes(index, case.key.shape[2], interpret=True))
     np.testing.assert_array_equal(marked, np.where(met_keys(index, case.key.shape[2]), index.key_code, NEVER))
+
+
+def test_slots_of_a_query_that_overlap_are_not_disjoint():
+    rows, ends = jnp.arange(16, dtype=jnp.int32)[None, None], jnp.zeros((1, 1, 16), jnp.int32)
+    index = scfa_jax.SparseIndex(None, rows[..., :8], rows, ends, ends + 7, slots=2)
+    assert not scfa_jax.index.is_disjoint(index)
+    assert index.mask().all()

@@ -410,3 +410,8 @@ def test_padding_chooses_nothing(padding):
     ids = jnp.where(jnp.arange(32) < 8, 0, padding).astype(jnp.int32)
     blocks = scfa_jax.moba_blocks(query, key, block_size=8, top_k=3, query_segment_ids=ids)
     assert (blocks == -1).all()  # the first document has no earlier block
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    x = jnp.ones((0, 16, 2, 16))
+    assert scfa_jax.moba_attention(x, x, x, block_size=4, top_k=2).shape == x.shape

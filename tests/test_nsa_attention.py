@@ -375,6 +375,12 @@ def test_bad_arguments_are_named(name):
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arrays_are_named():
+    for shape in ((2, 16, 4, 2), (2, 16, 4, 4), (2, 16, 1, 3), (1, 16, 4, 3), (16, 4, 3)):
+        pairs = [(x, x) for x in (COMPRESSED, KEY, KEY)]
+        with pytest.raises(ValueError, match=r"gates must have shape \(2, 16, 4, 3\), got"):
+            scfa_jax.nsa_attention(X, *pairs, jnp.ones(shape), window=4, **GOOD)
+    with pytest.raises(ValueError, match="compressed_query must have the shape of query"):
+        attend_to(COMPRESSED, **GOOD, compressed_query=X[:, :, :1])
     for compressed in (COMPRESSED[:, :6], KEY):
         message = rf"must have a row for each of the 7 compression blocks of 16 keys, got {compressed.shape[1]}"
         with pytest.raises(ValueError, match=f"compressed {message}"):

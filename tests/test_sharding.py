@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import scfa_jax
 from scfa_jax import index, patterns, reference
 from scfa_jax.kmeans import member_sums, random_centroids, update_centroids
+from scfa_jax.nsa import in_compression_blocks
 from scfa_jax.sharding import to_heads, to_sequence
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices, such as those that a CPU can simulate")
@@ -130,6 +131,23 @@ def test_each_device_chooses_blocks_for_its_own_part(kind):
     got, collectives = run(mesh, gradients(with_segments(attend)), *given)
     assert_close(got, jax.jit(gradients(with_segments(dense)))(*arrays, *ids))
     assert not collectives
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_each_device_mixes_the_branches_of_nsa_for_its_own_part(kind):
+    mesh, case = mesh_of(kind), case_of("causal")
+    sizes = {"compression_size": 4, "compression_stride": 2, "block_size": 4, "top_k": 4, "window": 5}
+    gates = jax.random.uniform(jax.random.key(0), (*case.query.shape[:3], 3))
+
+    def loss(attend, query, key, value, gates):
+        compressed = [in_compression_blocks(x, 4, 2).mean(axis=2) for x in (key, value)]
+        return (attend(query, compressed, (key, value), (key, value), gates, **sizes) ** 2).sum()
+
+    arrays = case.query, case.key, case.value, gates
+    gradients_of = lambda attend: jax.grad(partial(loss, attend), (0, 1, 2, 3))
+    attend = partial(scfa_jax.nsa_attention, implementation=IMPLEMENTATION)
+    got, _ = run(mesh, gradients_of(attend), *(sharded(mesh, x) for x in arrays))
+    assert_close(got, jax.jit(gradients_of(reference.nsa_attention))(*arrays))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

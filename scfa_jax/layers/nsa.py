@@ -63,6 +63,11 @@ class NSA(Kind):
                     f"got {getattr(self, name)}."
                 )
 
+    def in_layout(self, layout: Layout) -> Kind:
+        if layout.normalize_key:
+            raise ValueError("normalize_key must be False with NSA, whose branches have keys of their own, got True.")
+        return self
+
     def parameters(self, layout: Layout) -> dict[str, Parameter]:
         width, key_heads, size = layout.in_features, layout.num_key_value_heads, layout.head_dim
         project = initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))

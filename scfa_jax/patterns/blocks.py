@@ -46,8 +46,8 @@ def block_index(
 
     Returns:
         The index, with a slot for each block: those chosen, then the local ones. Within segments a query attends to
-        the keys of a block that are of its own segment; where ids ascend these are of the block's last segment, or of
-        none.
+        the keys of a block that are of its own segment; where ids ascend, those of an earlier block are of the block's
+        last segment, or there are none.
 
     Raises:
         TypeError: `blocks`, offsets or segment ids are not int32, or a size is no static int.
@@ -64,7 +64,7 @@ def block_index(
     _checks.integers("blocks", blocks)
     if blocks.ndim not in (3, 4):
         raise ValueError(f"blocks must be [B, T, N, k] or [T, N, k], got shape {blocks.shape}.")
-    _checks.static_int("block_size", block_size, least=1)
+    _checks.static_int("block_size", block_size, least=1, most=_checks.LARGEST)
     _checks.static_int("num_local", num_local, least=1)
     chosen = jnp.asarray(blocks, jnp.int32)
     chosen = (chosen[None] if chosen.ndim == 3 else chosen).swapaxes(1, 2)  # [B, N, T, k]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import breakeven, calls, check, plots, profile, report, results, suites, targets, timing
+from benchmarks import breakeven, calls, check, measure, plots, profile, report, results, suites, targets, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import FORWARD, FORWARD_BACKWARD, PASSES, Case, Target, TimeLimit
 from benchmarks.inputs import make_inputs
@@ -134,7 +134,9 @@ def test_allowed_pairs(case):
 
 @pytest.mark.parametrize("case", [MOBA, BLOCKS])
 def test_allowed_pairs_in_blocks(case):
-    pattern = make_inputs(case, 0).pattern
+    inputs = make_inputs(case, 0)
+    pattern = inputs.pattern
+    assert 0 < measure._tiles(case, inputs)["share"] <= 1
     position = np.arange(case.length)
     chosen = (pattern.blocks[..., None] == position // 8).any(3)  # [B, T, N, S]
     chosen |= (position[:, None] // 8 == position // 8)[None, :, None]

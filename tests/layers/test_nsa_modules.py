@@ -238,3 +238,10 @@ def test_pairs_are_those_of_three_masks(kind):
 def test_impossible_numbers_raise(options, error, message):
     with pytest.raises(error, match=message):
         NSA(**options)
+
+
+def test_unit_keys_are_refused():
+    with pytest.raises(ValueError, match="normalize_key must be False with NSA"):
+        scfa_jax.nnx.CausalSelfAttention(
+            FEATURES, HEADS, sparsity=KINDS["grouped"], rngs=nnx.Rngs(0), **COMMON | {"normalize_key": True}
+        )

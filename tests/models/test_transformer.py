@@ -19,7 +19,9 @@ from scfa_jax.layers import BigBird, Dense, Drop, Hash, KMeans
 
 VOCAB, LENGTH = 40, 24
 PARTS = (5, 1, 1, 9)  # in which tokens are decoded, and then one by one
-HERE = ("dense", "hash(4)", "drop(0.5)", "reformer(4, rounds=2)", "identity", "hash(4, by=permutation)")
+HERE = ("dense", "hash(4)", "drop(0.5)", "reformer(4, rounds=2)", "identity", "hash(4, by=permutation)", "moba(4, 2)")
+# It has parameters of its own.
+NSA = "nsa(4, top_k=4, window=3, compression_size=4, compression_stride=2)"
 
 
 def make(seed: int = 0, **options) -> Transformer:
@@ -58,7 +60,7 @@ def test_the_order_of_earlier_tokens_counts(positions, tokens):
 
 
 @pytest.mark.parametrize("key", [None, 5], ids=["evaluation", "training"])
-@pytest.mark.parametrize("kind", HERE)
+@pytest.mark.parametrize("kind", [*HERE, NSA])
 def test_no_position_sees_a_later_one(kind, key, tokens):
     """The Reformer is so wherever its chunks miss nothing, as here: see its own tests."""
     key = None if key is None else jax.random.key(key)
@@ -72,7 +74,7 @@ def test_no_position_sees_a_later_one(kind, key, tokens):
     assert not np.allclose(before[:, 15:], after[:, 15:], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", HERE)
+@pytest.mark.parametrize("kind", [*HERE, NSA])
 def test_no_gradient_reaches_a_later_position(kind):
     block = make(attention=kind, layers=1).blocks[0]
     draw = block.attention.draw(1, LENGTH, deterministic=True)
@@ -83,7 +85,7 @@ def test_no_gradient_reaches_a_later_position(kind):
     assert (gradient[:, :15] != 0).all()
 
 
-@pytest.mark.parametrize("kind", HERE)
+@pytest.mark.parametrize("kind", [*HERE, NSA])
 def test_segments_do_not_see_each_other(kind, tokens):
     model, key = make(attention=kind, layers=2), jax.random.key(0)
     segment_ids = jnp.broadcast_to(jnp.repeat(jnp.array([4, 7]), 12), tokens.shape)
